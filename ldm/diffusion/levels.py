@@ -1,0 +1,74 @@
+"""How much noise: one level, and the sequence of levels that a sampler walks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+Coordinate = Literal["ratio", "sigma"]
+
+
+class Level(NamedTuple):
+    """One amount of noise, x_t = alpha x0 + sigma eps.
+
+    Python floats when sampling, float64 tensors of shape (B,) when training.
+
+    t: time in [0, 1]; 0 is data, 1 is noise.
+    timestep: what the network is told (the real table index, or 1000 t for rectified flow).
+    """
+
+    t: Number
+    alpha: Number
+    sigma: Number
+    timestep: Number
+
+    def to(self, device: torch.device | str) -> Level:
+        return Level(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+
+    def repeat_interleave(self, n: int) -> Level:
+        """Each level of a batch n times in a row."""
+        return Level(*(v.repeat_interleave(n) if isinstance(v, Tensor) else v for v in self))
+
+
+def right_pad(value: Number, like: Tensor) -> Number:
+    """(B,) -> (B, 1, 1, 1) in the dtype of `like`; floats pass through."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Levels(Sequence[Level]):
+    """The levels of one sampling run, noisiest first; n steps have n + 1 levels.
+
+    start: what multiplies the first standard-normal noise to give x_t.
+    coordinate: in which slope solvers (Euler, Heun, LMS) integrate: "ratio" is x/alpha over sigma/alpha
+        (tables, EDM), "sigma" is x over sigma (rectified flow, where alpha is 0 at t = 1).
+    """
+
+    def __init__(self, levels: Sequence[Level], start: float, coordinate: Coordinate):
+        self._levels = tuple(levels)
+        self.start = start
+        self.coordinate = coordinate
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self._levels)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Levels(self._levels[index], self.start, self.coordinate)
+        return self._levels[index]
+
+    def scale(self, level: Level) -> Number:
+        """What x_t is divided by in the slope solvers' coordinate."""
+        return level.alpha if self.coordinate == "ratio" else 1.0
+
+    def position(self, level: Level) -> Number:
+        """The slope solvers' independent variable: sigma/alpha or sigma."""
+        return level.sigma / self.scale(level)

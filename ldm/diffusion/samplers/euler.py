@@ -1,0 +1,23 @@
+"""Euler's method on the probability-flow ODE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+from ldm.diffusion.levels import Levels
+from ldm.diffusion.samplers.solver import Denoise, Noise, Step
+
+
+def euler(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Iterator[Step]:
+    """Karras et al. 2022, Algorithm 1 without churn; the slope of y = x/scale is (y - x0)/position."""
+    for level, after in pairwise(levels):
+        x0 = denoise(x, level)
+        y = x / levels.scale(level)
+        slope = (y - x0) / levels.position(level)
+        y_next = y + (levels.position(after) - levels.position(level)) * slope
+        step = Step(level, after, x, x0, levels.scale(after) * y_next)
+        yield step
+        x = step.x_next
