@@ -1,0 +1,195 @@
+"""The KL-regularised autoencoder of latent diffusion: images to a small grid of Gaussians, and back.
+
+Rombach et al. 2022, section 3.1 and appendix G; state-dict keys are diffusers', plus `latents.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.autoencoders.latents import LatentSpace, Posterior
+from ldm.errors import ConfigError
+from ldm.models.attention import attention
+from ldm.models.resnet import Conv1x1, DownsampleRightBottom, GroupNormSiLU, ResnetBlock, Upsample
+from ldm.models.unet import check_groups
+
+EPS = 1e-6  # of every GroupNorm here
+
+
+class AutoencoderKL(nn.Module):
+    """`encode` and `decode` speak raw latents; `latents` knows what makes them standardised ones."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,  # of the images
+        latent_channels: int = 4,  # of the latents
+        block_channels: Sequence[int] = (
+            128,
+            256,
+            512,
+            512,
+        ),  # width of each level, finest first; each but the last halves
+        layers_per_block: int = 2,  # resnets a level in the encoder; one more in the decoder
+        norm_groups: int = 32,  # of every GroupNorm
+        mid_attention: bool = True,  # whether the coarsest level has attention
+    ):
+        super().__init__()
+        check_groups(block_channels, norm_groups, "autoencoder")
+        self.factor = 2 ** (len(block_channels) - 1)  # image pixels for one latent pixel, each way
+        self.encoder = Encoder(
+            in_channels, 2 * latent_channels, block_channels, layers_per_block, norm_groups, mid_attention
+        )
+        self.quant_conv = Conv1x1(2 * latent_channels, 2 * latent_channels)
+        self.post_quant_conv = Conv1x1(latent_channels, latent_channels)
+        self.decoder = Decoder(
+            latent_channels, in_channels, block_channels, layers_per_block, norm_groups, mid_attention
+        )
+        self.latents = LatentSpace(latent_channels)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight: there the adversarial gradient is measured (Esser et al. 2021, eq. 7)."""
+        return self.decoder.conv_out.weight  # type: ignore[return-value]
+
+    def encode(self, images: Tensor) -> Posterior:  # (B,3,H,W) in [-1, 1] -> q(z | image), (B,C,H/f,W/f)
+        self._check_size(*images.shape[-2:])
+        return Posterior.from_moments(self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))))
+
+    def decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,fh,fw)
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+
+    def _check_size(self, height: int, width: int) -> None:
+        f = self.factor
+        if height % f or width % f:
+            sizes = sorted({(h, w) for h in _neighbours(height, f) for w in _neighbours(width, f)})
+            raise ConfigError(
+                f"an image of {height}x{width} does not divide by the autoencoder's factor {f}: resize or crop it to "
+                f"{' or '.join(f'{h}x{w}' for h, w in sizes)} (height x width)."
+            )
+
+
+class Encoder(nn.Module):
+    """Resnets and halvings, then the middle, then the moments."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, block_channels: Sequence[int], layers: int, groups: int, mid: bool
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, block_channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        width = block_channels[0]
+        for level, channels in enumerate(block_channels):
+            last = level == len(block_channels) - 1
+            self.down_blocks.append(DownBlock(width, channels, layers, groups, halve=not last))
+            width = channels
+        self.mid_block = MidBlock(width, groups, mid)
+        self.conv_norm_out = GroupNormSiLU(groups, width, eps=EPS)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B,3,H,W) -> (B,2C,H/f,W/f)
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror image, with one resnet more a level."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, block_channels: Sequence[int], layers: int, groups: int, mid: bool
+    ):
+        super().__init__()
+        width = block_channels[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.mid_block = MidBlock(width, groups, mid)
+        self.up_blocks = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(block_channels))):
+            self.up_blocks.append(UpBlock(width, channels, layers + 1, groups, double=level > 0))
+            width = channels
+        self.conv_norm_out = GroupNormSiLU(groups, width, eps=EPS)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,3,fh,fw)
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+class DownBlock(nn.Module):
+    """Resnets, then half the size if this is not the coarsest level."""
+
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, halve: bool):
+        super().__init__()
+        self.resnets = _resnets(in_channels, channels, layers, groups)
+        self.downsamplers = nn.ModuleList([DownsampleRightBottom(channels)] if halve else [])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H/2,W/2)
+        for module in (*self.resnets, *self.downsamplers):
+            x = module(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Resnets, then twice the size if this is not the finest level."""
+
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, double: bool):
+        super().__init__()
+        self.resnets = _resnets(in_channels, channels, layers, groups)
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if double else [])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',2H,2W)
+        for resnet in self.resnets:
+            x = resnet(x)
+        for up in self.upsamplers:
+            x = up(x, 2 * x.shape[-2], 2 * x.shape[-1])
+        return x
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention (if any), resnet."""
+
+    def __init__(self, channels: int, groups: int, with_attention: bool):
+        super().__init__()
+        self.resnets = _resnets(channels, channels, 2, groups)
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if with_attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,H,W)
+        first, second = self.resnets
+        for module in (first, *self.attentions, second):
+            x = module(x)
+        return x
+
+
+class PixelAttention(nn.Module):
+    """One head as wide as the map; every pixel attends to every other (Rombach et al. 2022, appendix G)."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # a list of one: published files say to_out.0
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,H,W)
+        pixels = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        y = self.to_out(attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)))
+        return x + rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[-2])
+
+
+def _resnets(in_channels: int, channels: int, layers: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock(in_channels if i == 0 else channels, channels, groups, eps=EPS) for i in range(layers)
+    )
+
+
+def _neighbours(size: int, factor: int) -> set[int]:
+    """The nearest multiples of the factor below and above, never 0."""
+    below = size // factor * factor
+    return {below or factor, -(-size // factor) * factor}

@@ -1,0 +1,22 @@
+"""Trading time for memory: activations kept for the backward pass, or computed again during it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Recompute = Literal["none", "norms", "blocks"]
+
+
+def call(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+    """`function(*args)`, keeping only `args` for the backward pass if `recompute`.
+
+    The non-reentrant kind remembers autocast and the random state, so bfloat16 and dropout give the same numbers twice.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
