@@ -19,7 +19,7 @@ class ThreadLoader:
     """Training batches for one rank, made by threads, handed over in order; every rank gets equally many.
 
     State is the epoch and the batches handed over (counted when they are, not when they are made). `__len__` exists
-    because Lightning would otherwise fetch one batch ahead and lose it at a resume. Iterating again means the next epoch.
+    because Lightning would otherwise fetch one batch ahead and lose it at a resume. Iterating again is the next epoch.
     """
 
     def __init__(
@@ -30,12 +30,11 @@ class ThreadLoader:
         threads: int = 2,
         prefetch: int = 4,
         shuffle: bool = True,
-        samples: int | None = None,  # train on the first so many only
         resume: str = REFUSE,  # or restart_epoch: changed data restart the epoch instead of being refused
     ) -> None:
         self.batches, self.geometry, self.seed = batches, geometry, seed
         self.threads, self.prefetch, self.shuffle = threads, prefetch, shuffle
-        self.n = min(len(batches.shards), samples or len(batches.shards))
+        self.n = len(batches.shards)
         if self.n == 0:
             raise ConfigError(f"{batches.shards.path} has no training samples. Give `shards=` another path.")
         if resume not in (REFUSE, RESTART):
@@ -77,7 +76,7 @@ class ThreadLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch handed over; other ranks and micro-batches are fine if the global batch is not."""
+        """Continue after the last batch handed over, on other ranks and micro-batches too if the global batch is equal."""
         saved = Geometry(state["batch_size"], state["accumulate"], 0, state["world_size"])
         compared = {
             "fingerprint of the data": (state["fingerprint"], self.batches.shards.fingerprint),
@@ -127,7 +126,8 @@ class ValidationLoader:
         self.indices = np.arange(count) * n // max(count, 1)
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.geometry.global_batch)
+        size = self.geometry.global_batch
+        return (len(self.indices) + size - 1) // size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         padded = np.zeros(len(self) * self.geometry.global_batch, np.int64)

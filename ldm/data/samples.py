@@ -4,6 +4,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import webdataset as wds
 from ldm.data.captions import SampleError
 from ldm.data.plan import uniforms
 from ldm.data.reader import IndexedShards
-from ldm.data.shards import Shards
-from ldm.data.transforms import CropImage, DecodeImage, DecodeLatent
+from ldm.data.shards import LATENT_FIELD, Shards
+from ldm.data.transforms import CropImage, DecodeImage, DecodeLatent, read_npy
 from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,16 @@ def stages_for(shards: Shards, image_size: int, crop: str, flip: bool, seed: int
         raise ConfigError(
             "data.flip=true needs the latents of mirrored images: encode with flip=true, or data.flip=false."
         )
-    first = next(iter(IndexedShards(shards, [0], DecodeLatent.fields, [{"__index__": 0, "__epoch__": 0}])), None)
-    shape = DecodeLatent()(first)["latent"].shape if first else None
-    return [DecodeLatent(shape, flip, seed)], list(DecodeLatent.fields)
+    decode = DecodeLatent(latent_shape(shards), flip, seed)
+    return [decode], list(decode.fields)
+
+
+def latent_shape(shards: Shards) -> tuple[int, ...] | None:
+    """The shape of the first readable latent: all of a data set must have it to stand in one batch."""
+    for sample in IndexedShards(shards, range(min(len(shards), 10)), [LATENT_FIELD]):
+        with suppress(SampleError, KeyError):
+            return read_npy(sample[LATENT_FIELD]).shape
+    return None
 
 
 class Errors:
@@ -97,12 +105,12 @@ class Errors:
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in self.counts.most_common())
                 raise ConfigError(
                     f"{self.bad} bad samples of {min(self.seen, self.n)} seen, {limit} allowed ({reasons}). The last:"
-                    f" {bad.url}, {bad.key!r}: {bad.error}. Repair the data (task=check lists them all), or data.max_bad=N."
+                    f" {bad.url}, {bad.key!r}: {bad.error}. Repair the data (task=check lists all), or data.max_bad=N."
                 )
 
 
 class Batches:
-    """Makes the batch of given rows: reads, decodes, replaces what is bad, stacks. Called by several threads at once."""
+    """Makes the batch of given rows: reads, decodes, replaces what is bad, stacks. Threads call it at once."""
 
     def __init__(
         self,

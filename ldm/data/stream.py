@@ -99,8 +99,8 @@ class StreamLoader:
         for what in ("seed", "shards"):
             if state.get(what) != now[what]:
                 raise ConfigError(
-                    f"cannot continue the stream: {what} was {state.get(what)} and is {now[what]} now. Restore it, or start"
-                    " a new run with name=OTHER."
+                    f"cannot continue the stream: {what} was {state.get(what)} and is {now[what]} now. Restore it,"
+                    " or start a new run with name=OTHER."
                 )
         self.epoch, self.done, self._fresh = state["epoch"], state["batches"], True
 

@@ -1,0 +1,160 @@
+"""The data as Lightning wants them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from ldm.data.captions import SampleError, caption_of
+from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
+from ldm.data.plan import Geometry
+from ldm.data.reader import IndexedShards
+from ldm.data.samples import Batches, stages_for
+from ldm.data.shards import Shards, open_split
+from ldm.data.stream import StreamLoader
+from ldm.data.transforms import CropImage, DecodeImage
+from ldm.errors import ConfigError
+
+
+class ShardDataModule(L.LightningDataModule):
+    """Training and validation batches from one folder of shards, of images or of latents.
+
+    Batches: "image" uint8 (B, 3, H, W) or "latent" float32 (B, 2C, h, w), "caption", "key", "index"; validation adds
+    "valid" (B,). The state of the training loader travels in Lightning's checkpoint with the loader.
+    """
+
+    def __init__(
+        self,
+        shards: str | None,
+        image_size: int,
+        batch_size: int,  # per rank and micro-batch
+        accumulate: int = 1,
+        seed: int = 0,
+        threads: int = 2,  # 0: in the main thread
+        prefetch: int = 4,  # batches ahead
+        mode: str = "index",  # or stream: webdataset's sequential reader
+        crop: str = "centre",  # or random
+        flip: bool = False,
+        shuffle: bool = True,
+        validation_fraction: float = 0.02,  # of a folder without val/
+        validation_samples: int | None = None,  # at most so many
+        validation_batch_size: int | None = None,
+        train_samples: int | None = None,  # the first so many only: to overfit on purpose
+        max_bad: int | None = None,  # unusable samples before it stops; null: 10 or 1 in 1000
+        resume: str = REFUSE,  # or restart_epoch, when the data have changed
+        epoch_samples: int | None = None,  # stream only: what an epoch is
+    ) -> None:
+        super().__init__()
+        if mode not in ("index", "stream"):
+            raise ConfigError(f"data.mode={mode}: there is index and stream.")
+        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("image_size", image_size)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: at least 1.")
+        self.shards, self.image_size, self.batch_size, self.accumulate = shards, image_size, batch_size, accumulate
+        self.seed, self.threads, self.prefetch, self.mode = seed, threads, prefetch, mode
+        self.crop, self.flip, self.shuffle, self.max_bad, self.resume = crop, flip, shuffle, max_bad, resume
+        self.validation_fraction, self.validation_samples = validation_fraction, validation_samples
+        self.validation_batch_size, self.train_samples = validation_batch_size or batch_size, train_samples
+        self.epoch_samples = epoch_samples
+        self._splits: dict[str, Shards] = {}
+        self._train: ThreadLoader | StreamLoader | None = None
+
+    def split(self, name: str) -> Shards:
+        """The samples of "train" or "val", opened once."""
+        if not self.shards:
+            raise ConfigError(
+                "no shards given: type shards=PATH (a folder that task=prepare wrote, or any folder of webdataset tars),"
+                " or images=DIR for a folder of pictures."
+            )
+        if name not in self._splits:
+            found = open_split(self.shards, name, self.validation_fraction)
+            if name == "train" and self.train_samples is not None and self.train_samples < len(found):
+                found = found.take(np.arange(self.train_samples), f"first {self.train_samples}")
+            self._splits[name] = found
+        return self._splits[name]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what will be read, so that a wrong path stops the run before anything is built."""
+        if self.mode == "index":
+            self.split("train")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content of the training split."""
+        return self.split("train").fingerprint
+
+    @property
+    def n_train(self) -> int:
+        return len(self.split("train"))
+
+    @property
+    def n_val(self) -> int:
+        return len(self.split("val")) if self.validation_fraction > 0 or self.mode == "index" else 0
+
+    @property
+    def kind(self) -> str:
+        """ "image" or "latent"."""
+        return self.split("train").kind
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What prepare or encode found out about the data set."""
+        return self.split("train").facts
+
+    def captions(self) -> Iterator[str]:
+        """All captions of the training split, in the order of the shards; samples without a usable one are passed over."""
+        for sample in IndexedShards(self.split("train"), fields=("txt", "json")):
+            try:
+                yield caption_of(sample)
+            except SampleError:
+                continue
+
+    def train_dataloader(self) -> ThreadLoader | StreamLoader:
+        """The one training loader: asked for again it is the same, so that its position is never lost."""
+        rank, world = self._place()
+        geometry = Geometry(self.batch_size, self.accumulate, rank, world)
+        if self._train is None or self._train.geometry != geometry:
+            self._train = self._stream(geometry) if self.mode == "stream" else self._indexed(geometry)
+        return self._train
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        shards = self._validation()
+        if shards is None or len(shards) == 0 or self.validation_samples == 0:
+            return []
+        rank, world = self._place()
+        batches = self._batches(shards, "centre", flip=False)
+        return ValidationLoader(
+            batches, self.validation_batch_size, rank, world, self.validation_samples, self.threads, self.prefetch
+        )
+
+    def _indexed(self, geometry: Geometry) -> ThreadLoader:
+        batches = self._batches(self.split("train"), self.crop, self.flip)
+        return ThreadLoader(
+            batches, geometry, self.seed, self.threads, self.prefetch, shuffle=self.shuffle, resume=self.resume
+        )
+
+    def _batches(self, shards: Shards, crop: str, flip: bool) -> Batches:
+        stages, fields = stages_for(shards, self.image_size, crop, flip, self.seed)
+        return Batches(shards, stages, fields, self.seed, self.max_bad, self._on_gpu())
+
+    def _stream(self, geometry: Geometry) -> StreamLoader:
+        if not self.shards or not self.epoch_samples:
+            raise ConfigError(
+                "data.mode=stream needs shards=PATH_OR_PATTERN and data.epoch_samples=N: a stream has no length."
+            )
+        stages = [DecodeImage(self.image_size), CropImage(self.image_size, self.crop, self.flip, self.seed)]
+        return StreamLoader(self.shards, stages, geometry, self.epoch_samples, self.seed, max_bad=self.max_bad)
+
+    def _validation(self) -> Shards | None:
+        """A stream knows no held-out share: it has none."""
+        return self.split("val") if self.mode == "index" else None
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _on_gpu(self) -> bool:
+        return (
+            self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" and torch.cuda.is_available()
+        )
