@@ -1,0 +1,67 @@
+"""Is the model copying? How far each picture is from the nearest one that was trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class NearestTraining(Metric):
+    """Distance of each picture to its nearest training picture: root mean squared difference of pixels in [0, 1].
+
+    Give it the training pictures with `add_reference`, then `update` with generated ones. A second one, updated with
+    held-out pictures, says what distance is usual for pictures that cannot be copies.
+    """
+
+    full_state_update = False
+    distances: list[Tensor]
+
+    def __init__(self, chunk: int = 1024):
+        """chunk: how many training pictures are compared at once."""
+        super().__init__()
+        self.chunk = chunk
+        # Not a state: every process holds the same training pictures, and no reset should forget them.
+        self._reference: list[Tensor] = []
+        self.add_state("distances", [], dist_reduce_fx="cat")
+
+    def add_reference(self, images: Tensor) -> None:
+        """Training pictures (N, 3, H, W) in [-1, 1]; kept as uint8 on the CPU."""
+        self._reference.append((_unit(images) * 255).round().to(torch.uint8).cpu())
+
+    def update(self, images: Tensor) -> None:
+        """Pictures (B, 3, H, W) in [-1, 1]."""
+        if not self._reference:
+            raise ValueError("there is nothing to compare with: call add_reference(training pictures) first.")
+        self.distances.append(nearest_distance(_unit(images), self._reference, self.chunk))
+
+    def compute(self) -> dict[str, float]:
+        """{median, q05, q25, q75, q95, min, n} of the distances."""
+        distances = dim_zero_cat(self.distances).double()
+        names = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+        quantiles = torch.tensor(list(names.values()), dtype=torch.double, device=distances.device)
+        values = distances.quantile(quantiles).tolist()
+        return dict(zip(names, values, strict=True)) | {"n": float(len(distances))}
+
+
+def nearest_distance(images: Tensor, reference: list[Tensor], chunk: int = 1024) -> Tensor:
+    """images (B, ...) in [0, 1], reference: uint8 tensors (N, ...) -> (B,) distance to the nearest, 0 for a copy."""
+    query = images.flatten(1).float() - 0.5  # centred: the products below lose fewer digits
+    norm = query.square().sum(dim=1)
+    best = torch.full((len(query),), torch.inf, device=query.device)
+    nearest = torch.zeros_like(query)
+    for block in (part for tensor in reference for part in tensor.split(chunk)):
+        other = block.to(query.device).flatten(1).float() / 255 - 0.5
+        # |a - b|^2 = |a|^2 - 2 a.b + |b|^2, one matrix product for all pairs.
+        square, index = (norm[:, None] - 2 * query @ other.T + other.square().sum(dim=1)).min(dim=1)
+        better = square < best
+        best = torch.where(better, square, best)
+        nearest = torch.where(better[:, None], other[index], nearest)
+    # The product only finds the nearest; its own value is rounding error where the two are equal.
+    return (query - nearest).square().mean(dim=1).sqrt()
+
+
+def _unit(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]."""
+    return ((images + 1) / 2).clamp(0, 1)
