@@ -5,13 +5,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 
 from ldm.data.captions import SampleError, caption_of
 from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
 from ldm.data.plan import Geometry
 from ldm.data.reader import IndexedShards
-from ldm.data.samples import Batches, stages_for
+from ldm.data.samples import Batches, Stage, stages_for
 from ldm.data.shards import Shards, open_split
 from ldm.data.stream import StreamLoader
 from ldm.data.transforms import CropImage, DecodeImage
@@ -65,8 +64,8 @@ class ShardDataModule(L.LightningDataModule):
         """The samples of "train" or "val", opened once."""
         if not self.shards:
             raise ConfigError(
-                "no shards given: type shards=PATH (a folder that task=prepare wrote, or any folder of webdataset tars),"
-                " or images=DIR for a folder of pictures."
+                "no shards given: type shards=PATH (a folder that task=prepare wrote, or any webdataset tars), or"
+                " images=DIR for a folder of pictures."
             )
         if name not in self._splits:
             found = open_split(self.shards, name, self.validation_fraction)
@@ -91,7 +90,7 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def n_val(self) -> int:
-        return len(self.split("val")) if self.validation_fraction > 0 or self.mode == "index" else 0
+        return len(self._validation() or ())
 
     @property
     def kind(self) -> str:
@@ -104,7 +103,7 @@ class ShardDataModule(L.LightningDataModule):
         return self.split("train").facts
 
     def captions(self) -> Iterator[str]:
-        """All captions of the training split, in the order of the shards; samples without a usable one are passed over."""
+        """All captions of the training split, in the order of the shards; samples without a usable one are left out."""
         for sample in IndexedShards(self.split("train"), fields=("txt", "json")):
             try:
                 yield caption_of(sample)
@@ -144,7 +143,10 @@ class ShardDataModule(L.LightningDataModule):
             raise ConfigError(
                 "data.mode=stream needs shards=PATH_OR_PATTERN and data.epoch_samples=N: a stream has no length."
             )
-        stages = [DecodeImage(self.image_size), CropImage(self.image_size, self.crop, self.flip, self.seed)]
+        stages: list[Stage] = [
+            DecodeImage(self.image_size),
+            CropImage(self.image_size, self.crop, self.flip, self.seed),
+        ]
         return StreamLoader(self.shards, stages, geometry, self.epoch_samples, self.seed, max_bad=self.max_bad)
 
     def _validation(self) -> Shards | None:
@@ -155,6 +157,4 @@ class ShardDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _on_gpu(self) -> bool:
-        return (
-            self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" and torch.cuda.is_available()
-        )
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -76,7 +76,7 @@ class ThreadLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch handed over, on other ranks and micro-batches too if the global batch is equal."""
+        """Continue after the last batch handed over, cut into other ranks and micro-batches if need be."""
         saved = Geometry(state["batch_size"], state["accumulate"], 0, state["world_size"])
         compared = {
             "fingerprint of the data": (state["fingerprint"], self.batches.shards.fingerprint),

@@ -50,16 +50,14 @@ def careful(stage: Stage) -> Stage:
 def stages_for(shards: Shards, image_size: int, crop: str, flip: bool, seed: int) -> tuple[list[Stage], list[str]]:
     """The map stages for this data set and the fields that they read."""
     if shards.kind == "image":
-        decode = DecodeImage(image_size)
-        return [decode, CropImage(image_size, crop, flip, seed)], list(decode.fields)
+        return [DecodeImage(image_size), CropImage(image_size, crop, flip, seed)], list(DecodeImage.fields)
     if crop != "centre":
         raise ConfigError("data.crop=random cannot be had from encoded latents: use data.crop=centre, or the images.")
     if flip and "latent_flip.npy" not in shards.fields:
         raise ConfigError(
             "data.flip=true needs the latents of mirrored images: encode with flip=true, or data.flip=false."
         )
-    decode = DecodeLatent(latent_shape(shards), flip, seed)
-    return [decode], list(decode.fields)
+    return [DecodeLatent(latent_shape(shards), flip, seed)], list(DecodeLatent.fields)
 
 
 def latent_shape(shards: Shards) -> tuple[int, ...] | None:

@@ -70,11 +70,11 @@ def write_dataset(
     name = json.dumps(identity, sort_keys=True, default=str) if identity is not None else ""
     if (there := _existing(final, name)) is not None:
         return there
-    if part.exists() and (not name or _read(part / IDENTITY) != name):
+    plan = f"{samples_per_shard} a shard {name}" if name else ""
+    if part.exists() and (not plan or _read(part / IDENTITY) != plan):
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
-    if name:
-        _write_text(part / IDENTITY, name)
+    _write_text(part / IDENTITY, plan)
     writers, result, number = dict[str, SplitWriter](), Written(final, {}), 0
     with open(part / REJECTS, "w", encoding="utf-8") as rejects:
         for item in items:

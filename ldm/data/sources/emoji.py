@@ -39,8 +39,8 @@ class EmojiSource:
         self.skin_tones, self.flags = skin_tones, flags
         if (skin_tones or flags) and not features.check("raqm"):
             raise ConfigError(
-                "skin tones and flags are sequences, which Pillow draws with libraqm only. Install libfribidi0, or leave"
-                " source.skin_tones and source.flags false."
+                "skin tones and flags are sequences, which Pillow draws with libraqm only. Install libfribidi0, or"
+                " leave source.skin_tones and source.flags false."
             )
         self._words = self._count = 0
 
@@ -101,9 +101,10 @@ class EmojiSource:
                 for tone in TONES if self.skin_tones else ():
                     if self._single(char + chr(tone)):
                         yield char + chr(tone), f"{name} {unicodedata.name(chr(tone))[15:]} skin".lower()
+        unknown = self._draw(chr(REGIONS[0]) * 2) if self.flags else b""  # the flag with a question mark
         for first in REGIONS if self.flags else ():
             for second in REGIONS:
-                if self._single(chr(first) + chr(second)):
+                if self._draw(chr(first) + chr(second)) != unknown:
                     letters = chr(first - REGIONS[0] + 65) + chr(second - REGIONS[0] + 65)
                     yield chr(first) + chr(second), f"flag of {letters}"
 

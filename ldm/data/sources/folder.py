@@ -30,7 +30,7 @@ _BY_CONTENT = 4 << 30  # below 4 GiB the identity reads every file, above it tru
 class FolderSource:
     """Pictures under `images`, recursively, each with its caption: from a metadata file, else NAME.txt, else NAME.json.
 
-    A picture without caption, broken, too small or too large becomes a Reject with its reason; one bad file ends nothing.
+    A picture without caption, broken, too small or too large becomes a Reject with its reason; a bad file ends nothing.
     """
 
     def __init__(
@@ -182,12 +182,10 @@ def read_table(path: Path) -> dict[str, str]:
     what = next((c for c in CAPTION_COLUMNS if c in columns), None)
     if where is None or what is None:
         raise ConfigError(
-            f"{path} has the columns {', '.join(columns) or 'none'}; it needs one of {', '.join(PATH_COLUMNS)} and one of"
-            f" {', '.join(CAPTION_COLUMNS)}."
+            f"{path} has the columns {', '.join(columns) or 'none'}; it needs one of {', '.join(PATH_COLUMNS)} and one"
+            f" of {', '.join(CAPTION_COLUMNS)}."
         )
-    return {
-        str(r[where]).removeprefix("./"): r[what].strip() for r in rows if isinstance(r.get(what), str) and r.get(where)
-    }
+    return {str(r[where]).removeprefix("./"): r[what] for r in rows if isinstance(r.get(what), str) and r.get(where)}
 
 
 def _format(data: bytes) -> str:
