@@ -1,0 +1,1 @@
+"""Text encoders: captions -> `Condition`. `encoder.TextEncoder` is the interface that all of them share."""

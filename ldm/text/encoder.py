@@ -1,0 +1,97 @@
+"""What every text encoder is to the rest: captions in, a `Condition` out, in two steps so that ids can be cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ldm.diffusion.condition import Condition
+from ldm.errors import ConfigError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and an unconditional model has no need of it
+    from transformers import CLIPTokenizer
+
+
+class TextEncoder(nn.Module):
+    """captions (B strings) -> ids (B, L) -> Condition with context (B, L, context_dim).
+
+    The constructor reads no file: weights come by `load_state_dict`, words by `load_tokenizer` or `set_tokenizer`.
+    """
+
+    context_dim: int | None  # D of the context; None: there is none, and models have no cross-attention
+    max_length: int  # L: every caption is padded or cut to it
+    trainable: bool  # trained along with the model; frozen otherwise
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, L) int64 on the CPU, padded; one that is too long is cut, with one warning."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Condition:
+        """(B, L) -> Condition. Call the module, not this, so that hooks and compilation apply."""
+        raise NotImplementedError
+
+    def encode(self, captions: list[str]) -> Condition:
+        """B captions -> Condition on the encoder's device. The empty caption is the unconditional one."""
+        ids = self.tokenize(captions)
+        parameter = next(self.parameters(), None)
+        return self(ids if parameter is None else ids.to(parameter.device))
+
+    def save_tokenizer(self, directory: str | Path) -> None:
+        """Writes what `load_tokenizer` reads, in CLIP's layout; nothing where there is no tokenizer."""
+        raise NotImplementedError
+
+
+class CLIPTokenized(TextEncoder):
+    """A text encoder whose words come from a CLIP tokenizer, loaded at the first caption if `tokenizer` is a folder."""
+
+    def __init__(self, vocab_size: int, max_length: int, tokenizer: str | None):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._tokenizer_folder = tokenizer
+        self._tokenizer: CLIPTokenizer | None = None
+        self._warned = False
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, once there is one."""
+        if self._tokenizer is None and self._tokenizer_folder is not None:
+            self.load_tokenizer(self._tokenizer_folder)
+        if self._tokenizer is None:
+            raise ConfigError(
+                "the text encoder has no tokenizer yet. Name its folder, text_encoder.tokenizer=DIR, "
+                "or build one from your captions: ldm.text.tokenizer.build_tokenizer."
+            )
+        return self._tokenizer
+
+    def set_tokenizer(self, tokenizer: CLIPTokenizer) -> None:
+        """Takes a tokenizer of at most `vocab_size` tokens; rows of the embedding beyond its own stay unused."""
+        if len(tokenizer) > self.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder rows for {self.vocab_size}. "
+                f"Use text_encoder.vocab_size={len(tokenizer)}, or build a smaller tokenizer."
+            )
+        tokenizer.model_max_length = self.max_length  # diffusers pads to what the saved tokenizer says
+        self._tokenizer = tokenizer
+
+    def load_tokenizer(self, directory: str | Path) -> None:
+        """Reads vocab.json + merges.txt or tokenizer.json."""
+        from ldm.text.tokenizer import load_tokenizer
+
+        self.set_tokenizer(load_tokenizer(directory))
+
+    def save_tokenizer(self, directory: str | Path) -> None:
+        from ldm.text.tokenizer import save_tokenizer
+
+        save_tokenizer(self.tokenizer, directory)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        from ldm.text.tokenizer import tokenize, warn_of_cut
+
+        ids, cut = tokenize(self.tokenizer, captions, self.max_length)
+        if cut and not self._warned:
+            warn_of_cut(captions[cut[0]], self.max_length)
+            self._warned = True
+        return ids
