@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldm.data.captions import SampleError, caption_of
 from ldm.data.plan import uniforms
@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def open_image(
     data: bytes,
     max_pixels: int = MAX_PIXELS,
-    formats: tuple[str, ...] | None = FORMATS,
+    formats: tuple[str, ...] = FORMATS,
     at_least: int | None = None,
 ) -> Image.Image:
     """A decoded picture: upright, RGB, alpha laid over white; SampleError if it is broken or claims too many pixels.
@@ -55,6 +55,8 @@ def open_image(
         return to_rgb(_upright(image))
     except SampleError:
         raise
+    except UnidentifiedImageError:
+        raise SampleError("undecodable image", f"no picture in a known format ({len(data)} bytes)") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets
         raise SampleError("undecodable image", f"undecodable image: {type(error).__name__}: {error}") from None
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class FolderSource:
 
     def _item(self, path: Path, name: str, table: Mapping[str, str], split: str) -> tuple[Item, tuple[int, int], int]:
         data = path.read_bytes()
-        image = open_image(data, self.max_pixels, formats=None)
+        image = open_image(data, self.max_pixels, formats())
         if min(image.size) < self.min_side:
             raise SampleError("too small", f"{image.width} x {image.height}, min_side is {self.min_side}")
         caption = self._caption(path, name, table)
@@ -188,8 +189,15 @@ def read_table(path: Path) -> dict[str, str]:
     return {str(r[where]).removeprefix("./"): r[what] for r in rows if isinstance(r.get(what), str) and r.get(where)}
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """What this Pillow reads of the formats people keep pictures in; not EPS, for which it would start a program."""
+    Image.init()
+    return tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM") if f in Image.OPEN)
+
+
 def _format(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         return image.format or ""
 
 
