@@ -38,9 +38,9 @@ class NearestTraining(Metric):
 
     def compute(self) -> dict[str, float]:
         """{median, q05, q25, q75, q95, min, n} of the distances."""
-        distances = dim_zero_cat(self.distances).double()
+        distances = dim_zero_cat(self.distances).cpu().double()
         names = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
-        quantiles = torch.tensor(list(names.values()), dtype=torch.double, device=distances.device)
+        quantiles = torch.tensor(list(names.values()), dtype=torch.double)
         values = distances.quantile(quantiles).tolist()
         return dict(zip(names, values, strict=True)) | {"n": float(len(distances))}
 

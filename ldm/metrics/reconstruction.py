@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.utilities import dim_zero_cat
 
 PSNR_MAX = 100.0  # an exact copy has an infinite one, which no mean survives
 
@@ -16,33 +17,24 @@ class Reconstruction(Metric):
     """PSNR in dB and SSIM, each the mean over pictures (B, 3, H, W) in [-1, 1], with its standard error."""
 
     full_state_update = False
-    total: Tensor
-    squares: Tensor
-    count: Tensor
+    values: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(2, dtype=torch.double), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(2, dtype=torch.double), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+        self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, target: Tensor) -> None:
         """Reconstructions and what they should be; both are measured as pixels in [0, 1]."""
         images, target = (((x.float() + 1) / 2).clamp(0, 1) for x in (images, target))
-        values = torch.stack([psnr(images, target), ssim(images, target)], dim=1).double()
-        self.total += values.sum(dim=0)
-        self.squares += values.square().sum(dim=0)
-        self.count += len(values)
+        self.values.append(torch.stack([psnr(images, target), ssim(images, target)], dim=1))
 
     def compute(self) -> dict[str, float]:
         """{psnr, psnr/se, ssim, ssim/se, n}."""
-        n = int(self.count)
-        result: dict[str, float] = {}
-        for name, total, squares in zip(["psnr", "ssim"], self.total.tolist(), self.squares.tolist(), strict=True):
-            mean = total / n if n else math.nan
-            variance = max(0.0, squares - n * mean * mean) / (n - 1) if n > 1 else math.nan
-            result |= {name: mean, f"{name}/se": math.sqrt(variance / n) if n > 1 else math.nan}
-        return result | {"n": float(n)}
+        values = dim_zero_cat(self.values).cpu().double()  # (n, 2)
+        n = len(values)
+        mean = values.mean(dim=0).tolist()
+        error = (values.std(dim=0) / math.sqrt(n)).tolist() if n > 1 else [math.nan, math.nan]
+        return {"psnr": mean[0], "psnr/se": error[0], "ssim": mean[1], "ssim/se": error[1], "n": float(n)}
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ def load_tokenizer(directory: str | Path) -> CLIPTokenizer:
         raise ConfigError(
             f"{directory} holds no tokenizer: neither vocab.json + merges.txt nor tokenizer.json is there."
         )
-    return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+    for name in ("is_local", "local_files_only"):  # how it was loaded is no property of it; saving would write it down
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, directory: str | Path) -> None:

@@ -46,7 +46,7 @@ BACKGROUNDS = list(_BACKGROUNDS)
 SPLITS = ["train", "val", "unseen"]
 
 _MARGIN = 1.25 / 32
-_JITTER = {"place": 0.6 / 32, "radius": 0.04, "angle": math.radians(8), "colour": 9.0, "background": 6.0}
+_JITTER = {"place": 0.5 / 32, "radius": 0.04, "angle": math.radians(8), "colour": 9.0, "background": 6.0}
 
 Pair = tuple[str, str]
 
@@ -96,6 +96,8 @@ class ShapesSource:
     def facts(self) -> dict[str, Any]:
         """What an experiment wants to know of these data: picture size, caption length, counts, chance levels."""
         return {
+            "source": "shapes",
+            "held_out_fraction": self.held_out_fraction,
             "image_size": self.image_size,
             "caption_words": max(len(c.split()) for c in all_captions()),
             "counts": dict(self.counts),
