@@ -14,7 +14,8 @@ from PIL import Image
 from ldm.data.check import check_dataset
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.plan import Geometry, epoch_order, order
-from ldm.data.shards import open_split
+from ldm.data.samples import sequential
+from ldm.data.shards import open_shards, open_split
 from ldm.data.sources.item import Item, image_item
 from ldm.data.transforms import open_image, read_npy, resize_and_crop, to_rgb
 from ldm.data.writer import write_dataset
@@ -401,6 +402,23 @@ def test_webdatasets_stages_do_the_mapping(fifty: Path):
     pipeline = batches.samples([1, 2], [0, 0])
     assert [sample["__index__"] for sample in pipeline] == [1, 2]
     assert Geometry(4).batches(50) == 12 and isinstance(wds.DataPipeline([1]), torch.utils.data.IterableDataset)
+
+
+def test_sequential_gives_every_good_sample_once_and_names_the_others(tmp_path: Path):
+    path = dataset(tmp_path / "d", 20, {7: {"txt": b""}, 8: {"png": b"x", "txt": b""}})
+    found = list(sequential(open_shards(path), 8, 3))
+    assert [int(k) for batch, _ in found for k in batch["key"]] == [i for i in range(20) if i not in (7, 8)]
+    assert [bad.key[-2:] for _, bads in found for bad in bads] == ["07", "08"]
+
+
+def test_threads_leave_the_main_thread_alone(fifty: Path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        list(loader(fifty))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_check_lists_everything_that_is_wrong(tmp_path: Path):

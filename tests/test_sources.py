@@ -80,7 +80,9 @@ def test_pictures_keep_their_bytes_where_the_format_allows(folder: Path):
     ):
         assert items[name][ext] == (folder / name).read_bytes()
     for name in ("indexed.gif", "bitmap.bmp", "scan.tiff"):
-        assert np.array_equal(open_image(items[name]["png"]), open_image((folder / name).read_bytes(), formats=formats()))
+        assert np.array_equal(
+            open_image(items[name]["png"]), open_image((folder / name).read_bytes(), formats=formats())
+        )
     assert open_image(items["rotated.JPEG"]["jpg"]).size == (30, 40)
 
 

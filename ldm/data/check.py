@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ldm.data.samples import Bad, Batches, stages_for
+from ldm.data.samples import sequential
 from ldm.data.shards import MANIFEST, Shards, open_shards, read_manifest, scan_all, splits
-from ldm.data.threads import in_order
 from ldm.errors import ConfigError
 
 
@@ -64,15 +61,8 @@ def _changed(folder: Path) -> list[str]:
     return changed
 
 
-def _decode(shards: Shards, report: Report, threads: int, chunk: int = 64) -> None:
-    stages, fields = stages_for(shards, image_size=64, crop="centre", flip=False, seed=0)
-    batches = Batches(shards, stages, fields)
-
-    def job(start: int) -> list[Bad]:
-        rows = np.arange(start, min(start + chunk, len(shards)))
-        return [row for row in batches.samples(rows, np.zeros_like(rows)) if isinstance(row, Bad)]
-
-    for found in in_order(job, range(0, len(shards), chunk), threads, 4 * threads):
+def _decode(shards: Shards, report: Report, threads: int) -> None:
+    for _, found in sequential(shards, image_size=64, batch_size=64, threads=threads):
         for bad in found:
             report.reasons[bad.error.reason] += 1
             report.bad.append({"shard": bad.url, "key": bad.key, "reason": bad.error.reason, "detail": str(bad.error)})

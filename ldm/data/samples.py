@@ -16,6 +16,7 @@ from ldm.data.captions import SampleError
 from ldm.data.plan import uniforms
 from ldm.data.reader import IndexedShards
 from ldm.data.shards import LATENT_FIELD, Shards
+from ldm.data.threads import in_order
 from ldm.data.transforms import CropImage, DecodeImage, DecodeLatent, read_npy
 from ldm.errors import ConfigError
 
@@ -150,6 +151,24 @@ class Batches:
                 return found
             bad = found
         raise ConfigError(f"{_TRIES} samples in a row are bad, the last {bad.url}, {bad.key!r}: {bad.error}")
+
+
+def sequential(
+    shards: Shards, image_size: int, batch_size: int, threads: int = 2, positions: Sequence[int] | None = None
+) -> Iterator[tuple[dict[str, Any], list[Bad]]]:
+    """Every sample once and in order, centre crop: (batch, what could not be used), for encoding and checking.
+
+    Nothing is replaced here, so a batch may be shorter than `batch_size`, and {} if none of its samples is good.
+    """
+    stages, fields = stages_for(shards, image_size, "centre", False, 0)
+    batches, chosen = Batches(shards, stages, fields), positions if positions is not None else range(len(shards))
+
+    def job(start: int) -> tuple[dict[str, Any], list[Bad]]:
+        rows = list(batches.samples(chosen[start : start + batch_size], [0] * len(chosen[start : start + batch_size])))
+        good = [row for row in rows if not isinstance(row, Bad)]
+        return (collate(good) if good else {}), [row for row in rows if isinstance(row, Bad)]
+
+    yield from in_order(job, range(0, len(chosen), batch_size), threads, 2 * threads)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

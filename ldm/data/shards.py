@@ -220,7 +220,7 @@ def _cached(path: Path, source: str, shards: int) -> Index | None:
     except Exception:  # a damaged or hostile file has too many ways to fail, and all mean the same
         return None
     fits = notes.get("source") == source and len(index) and 0 <= index.shard.min() <= index.shard.max() < shards
-    return index if fits else None
+    return index if fits and (np.char.find(index.keys, b"..") < 0).all() else None
 
 
 def _try_save(index: Index, path: Path, source: str, **notes: str) -> None:
