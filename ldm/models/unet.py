@@ -59,32 +59,26 @@ class UNet(nn.Module):
                 channels, heads, cross_attention_dim, transformer_depth, linear_projection, norm_groups
             )
 
-        self.time_embedding = TimeEmbedding(block_channels[0], time_width)
-        self.conv_in = nn.Conv2d(in_channels, block_channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        width, skips, last = block_channels[0], [block_channels[0]], len(block_channels) - 1
-        for level, channels in enumerate(block_channels):
-            resnets = [resnet(width if i == 0 else channels, channels) for i in range(layers_per_block)]
-            transformers = [transformer(channels) for _ in resnets] if attention_levels[level] else []
-            down = None if level == last else Downsample(channels)
-            self.down_blocks.append(DownBlock(resnets, transformers, down))
-            skips += [channels] * (layers_per_block + (down is not None))
-            width = channels
+        def layers(pairs: _Pairs, with_attention: bool) -> tuple[list[ResnetBlock], list[SpatialTransformer]]:
+            transformers = [transformer(channels) for _, channels in pairs] if with_attention else []
+            return [resnet(*pair) for pair in pairs], transformers
 
-        middle = [resnet(width, width) for _ in range(2 if mid_attention else 1)]
-        self.mid_block = MidBlock(middle, [transformer(width)] if mid_attention else [])
-
-        self.up_blocks = nn.ModuleList()
-        for level, channels in reversed(list(enumerate(block_channels))):
-            resnets = []
-            for _ in range(layers_per_block + 1):
-                resnets.append(resnet(width + skips.pop(), channels))
-                width = channels
-            transformers = [transformer(channels) for _ in resnets] if attention_levels[level] else []
-            self.up_blocks.append(UpBlock(resnets, transformers, None if level == 0 else Upsample(channels)))
-
-        self.conv_norm_out = GroupNormSiLU(norm_groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        down, up = _resnet_widths(block_channels, layers_per_block)
+        finest, coarsest = block_channels[0], block_channels[-1]
+        self.time_embedding = TimeEmbedding(finest, time_width)
+        self.conv_in = nn.Conv2d(in_channels, finest, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(*layers(pairs, attend), Downsample(channels) if level < len(down) - 1 else None)
+            for level, (pairs, attend, channels) in enumerate(zip(down, attention_levels, block_channels, strict=True))
+        )
+        middle = [resnet(coarsest, coarsest) for _ in range(2 if mid_attention else 1)]
+        self.mid_block = MidBlock(middle, [transformer(coarsest)] if mid_attention else [])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(*layers(up[level], attention_levels[level]), Upsample(block_channels[level]) if level > 0 else None)
+            for level in reversed(range(len(up)))
+        )
+        self.conv_norm_out = GroupNormSiLU(norm_groups, finest, eps=1e-5)
+        self.conv_out = nn.Conv2d(finest, out_channels, 3, padding=1)
         self._silence_branches()
         self._set_recompute(checkpoint)
 
@@ -120,8 +114,8 @@ class UNet(nn.Module):
     def _silence_branches(self) -> None:
         """Zero the last map of every residual branch and the output (Dhariwal & Nichol 2021, as in their code).
 
-        Then the untrained network is a chain of identities that answers 0, so the first loss is the target's variance
-        whatever the depth, and gradients reach every block at full size.
+        Then every block of the untrained network is the identity and its answer is 0: the first loss is the target's
+        variance whatever the depth. conv_out learns in the first step and wakes the branches behind it.
         """
         for module in self.modules():
             if isinstance(module, ResnetBlock):
@@ -201,6 +195,24 @@ class UpBlock(_Level):
         for up in self.upsamplers:
             x = up(x, *skips[-1].shape[-2:])  # the size of the skip that comes next: odd sizes find their way back
         return x
+
+
+_Pairs = list[tuple[int, int]]  # (in, out) channels of a level's resnets
+
+
+def _resnet_widths(block_channels: Sequence[int], layers: int) -> tuple[list[_Pairs], list[_Pairs]]:
+    """Widths on the way down and on the way up, finest level first in both; upward inputs include their skips."""
+    width, skips, last = block_channels[0], [block_channels[0]], len(block_channels) - 1
+    down: list[_Pairs] = []
+    for level, channels in enumerate(block_channels):
+        down.append([(width if i == 0 else channels, channels) for i in range(layers)])
+        skips += [channels] * (layers if level == last else layers + 1)  # one for the halved map
+        width = channels
+    up: list[_Pairs] = []
+    for channels in reversed(block_channels):
+        up.append([(skips.pop() + (width if i == 0 else channels), channels) for i in range(layers + 1)])
+        width = channels
+    return down, up[::-1]
 
 
 def _zero(module: nn.Module) -> None:
