@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 
 from ldm.data.captions import SampleError, caption_of
 from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
@@ -127,6 +128,22 @@ class ShardDataModule(L.LightningDataModule):
         return ValidationLoader(
             batches, self.validation_batch_size, rank, world, self.validation_samples, self.threads, self.prefetch
         )
+
+    def first_validation(self, n: int) -> dict[str, Any]:
+        """The first n validation samples as one batch, the same in every process: what pictures are drawn of."""
+        shards = self.split("val")
+        return self._first(shards, min(n, len(shards)))
+
+    def some_training_images(self, n: int, batch_size: int = 256) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, H, W) of the first n training samples, in the order of the shards."""
+        shards = self.split("train")
+        for first in range(0, min(n, len(shards)), batch_size):
+            count = min(batch_size, n - first, len(shards) - first)
+            yield self._first(shards, count, first)["image"]
+
+    def _first(self, shards: Shards, count: int, first: int = 0) -> dict[str, Any]:
+        indices = np.arange(first, first + count)
+        return self._batches(shards, "centre", flip=False)(indices, np.zeros_like(indices), indices.tolist())
 
     def _indexed(self, geometry: Geometry) -> ThreadLoader:
         batches = self._batches(self.split("train"), self.crop, self.flip)

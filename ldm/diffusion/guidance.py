@@ -62,4 +62,4 @@ class Guided:
         if self.interval is None:
             return True
         ratio = level.sigma / level.alpha if level.alpha > 0 else float("inf")
-        return self.interval[0] <= ratio <= self.interval[1]
+        return bool(self.interval[0] <= ratio <= self.interval[1])

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.levels import Level, right_pad
+from ldm.diffusion.levels import Level, Number, right_pad
 from ldm.diffusion.parameterizations import Parameterization
 
-Weighting = Callable[[Tensor, Tensor, Parameterization], Tensor]
+Weighting = Callable[[Number, Number, Parameterization], Tensor]
 
 
 def diffusion_loss(

@@ -36,7 +36,7 @@ class Parameterization(ABC):
         a, b = self.coefficients(alpha, sigma)
         return (sigma / (alpha * b - sigma * a)) ** 2
 
-    def check(self, scheduler: Scheduler) -> None:
+    def check(self, scheduler: Scheduler) -> None:  # noqa: B027 (most pairs have nothing to refuse)
         """Raises ConfigError where the pair with `scheduler` cannot be trained."""
 
 
@@ -50,8 +50,9 @@ class Eps(Parameterization):
 
     def check(self, scheduler: Scheduler) -> None:
         if scheduler.level(1.0).alpha <= 0:
+            name = type(scheduler).__name__
             raise ConfigError(
-                f"parameterization=eps cannot start from pure noise: {type(scheduler).__name__} has alpha = 0 at t = 1, "
+                f"parameterization=eps cannot start from pure noise: {name} has alpha = 0 at t = 1, "
                 "so x0 = (x_t - sigma eps)/alpha does not exist there. Use parameterization=v (or velocity), or a "
                 "scheduler that ends above alpha = 0 (scheduler=scaled_linear, scheduler=cosine)."
             )

@@ -1,0 +1,87 @@
+"""Errors of composition in one line: what was typed, why it cannot be, the nearest thing that can."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from ldm.config import Root, nearest
+from ldm.errors import ConfigError
+
+
+def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str | None:
+    """One line for an error that the person can mend; None for one of ours, which keeps its traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain = list(_chain(error))
+    for e in chain:
+        if isinstance(e, ConfigError):
+            return _one_line(str(e))
+    if not any(isinstance(e, (HydraException, OmegaConfBaseException)) for e in chain):
+        return None
+    for e in chain:
+        if getattr(e, "missing_cfg_file", None):
+            return _missing_option(str(e.missing_cfg_file), list(getattr(e, "options", None) or []), conf)  # type: ignore[attr-defined]
+    text = " ".join(_one_line(str(e)) for e in chain)
+    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: ([\w.\[\]]+)", text)
+    if "not in" in text and found:
+        return _unknown_key(found.group(1), conf)
+    if "No match in the defaults list" in text and found:
+        return _unknown_key(found.group(1), conf)
+    value = re.search(r"Value '([^']*)'[^.]*? could not be converted to (\w+)", text)
+    if value and found:
+        return f"{found.group(1)}={value.group(1)}: expected {value.group(2).lower()}."
+    override = getattr(error, "override", None)
+    if override:
+        return f"{override}: this cannot be read ({_one_line(str(error))}). Put the value in quotes: key='\"a, b\"'."
+    return _one_line(str(chain[-1]) if len(str(chain[-1])) > 10 else str(error))
+
+
+def _missing_option(missing: str, options: list[str], conf: Path) -> str:
+    group, _, option = missing.rpartition("/")
+    options = options or sorted(p.stem for p in (conf / group).glob("*.yaml"))
+    if not options:
+        return f"{group or missing}={option}: there is no group of this name.{nearest(group, _groups(conf))}"
+    return f"{group}={option}: there is no such option.{nearest(option, options)} There is: {', '.join(options)}."
+
+
+def _unknown_key(key: str, conf: Path) -> str:
+    first, _, rest = key.partition(".")
+    roots = [f.name for f in fields(Root)]
+    if first not in roots:
+        return f"{first}= is no key and no group.{nearest(first, roots)} `python -m ldm.run --help` lists them all."
+    leaf = rest.split(".")[-1] if rest else first
+    return f"{key}: {first} has no '{leaf}'.{nearest(leaf, sorted(_keys_below(conf / first)))}"
+
+
+def _keys_below(folder: Path) -> set[str]:
+    found: set[str] = set()
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            found.update(str(k) for k in node)
+            for value in node.values():
+                walk(value)
+
+    for path in folder.glob("*.yaml"):
+        walk(yaml.safe_load(path.read_text()))
+    return found
+
+
+def _groups(conf: Path) -> list[str]:
+    return sorted(p.name for p in conf.iterdir() if p.is_dir())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

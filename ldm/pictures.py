@@ -1,0 +1,106 @@
+"""Tensors as pictures: grids with captions, and the film strip of a sampling run."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 4
+
+
+def to_pil(image: Tensor) -> Image.Image:  # (3,H,W) in [-1, 1]
+    """Clipped and rounded to 8 bits."""
+    return Image.fromarray(to_bytes(image[None])[0])
+
+
+def to_bytes(images: Tensor) -> np.ndarray:  # (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8
+    pixels = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").numpy()
+
+
+def grid(images: Tensor, labels: Sequence[str] = (), columns: int | None = None, side: int = 96) -> Image.Image:
+    """(B,3,H,W) in [-1, 1] side by side, small ones enlarged to about `side` pixels, each above its label."""
+    tiles = [_enlarged(image, side) for image in images]
+    labels = [str(label) for label in labels] or [""] * len(tiles)
+    columns = columns or max(1, min(8, len(tiles)))
+    width, height = tiles[0].size
+    lines = [textwrap.wrap(label, max(8, width // 6)) for label in labels]
+    text = 12 * max((len(ls) for ls in lines), default=0)
+    rows = -(-len(tiles) // columns)
+    sheet = _sheet(columns * (width + MARGIN) + MARGIN, rows * (height + text + MARGIN) + MARGIN)
+    draw = ImageDraw.Draw(sheet)
+    for i, (tile, label) in enumerate(zip(tiles, lines, strict=True)):
+        x, y = MARGIN + (i % columns) * (width + MARGIN), MARGIN + (i // columns) * (height + text + MARGIN)
+        sheet.paste(tile, (x, y))
+        draw.multiline_text((x, y + height), "\n".join(label), fill="black", font=_font(), spacing=1)
+    return sheet
+
+
+@dataclass
+class Frame:
+    """One step of a film strip; images are (B,3,H,W) in [-1, 1]."""
+
+    number: int
+    sigma: float  # sigma/alpha of x_t
+    current: Tensor  # x_t, decoded
+    jump: Tensor  # x0, decoded
+
+
+def film_strip(frames: Sequence[Frame], prompts: Sequence[str] = (), side: int = 64) -> Image.Image:
+    """Columns are steps; for each prompt the current latent stands above its jump to x0."""
+    count = len(frames[0].current)
+    width, height = _enlarged(frames[0].current[0], side).size
+    left, head, between = 44, 28, 14 if prompts else 0
+    block = between + 2 * (height + MARGIN)
+    sheet = _sheet(left + len(frames) * (width + MARGIN), head + count * block + MARGIN)
+    draw = ImageDraw.Draw(sheet)
+    for column, frame in enumerate(frames):
+        x = left + column * (width + MARGIN)
+        sigma = f"{frame.sigma:.3g}" if frame.sigma < 1e4 else "inf"
+        draw.multiline_text((x, 2), f"step {frame.number}\nsigma {sigma}", fill="black", font=_font(), spacing=1)
+        for i in range(count):
+            y = head + i * block + between
+            sheet.paste(_enlarged(frame.current[i], side), (x, y))
+            sheet.paste(_enlarged(frame.jump[i], side), (x, y + height + MARGIN))
+    for i in range(count):
+        y = head + i * block
+        if prompts:
+            draw.text((left, y), prompts[i], fill="black", font=_font())
+        draw.text((2, y + between + height // 2 - 6), "x_t", fill="black", font=_font())
+        draw.text((2, y + between + MARGIN + height + height // 2 - 6), "jump", fill="black", font=_font())
+    return sheet
+
+
+def curve(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> Image.Image:
+    """A small figure of y against x, x on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel=x_label, ylabel=y_label)
+    axes.plot(x, y, marker="o")
+    axes.grid(alpha=0.3)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _enlarged(image: Tensor, side: int) -> Image.Image:
+    picture = to_pil(image)
+    factor = max(1, round(side / max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _sheet(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), "white")
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=10)

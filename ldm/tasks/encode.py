@@ -1,0 +1,92 @@
+"""task=encode: shards of images into shards of latents, so that training never runs the encoder."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from ldm.autoencoders.kl import AutoencoderKL
+from ldm.config import check, digest, plain
+from ldm.data.samples import Bad, Batches, stages_for
+from ldm.data.shards import Shards, open_split, splits
+from ldm.data.sources.item import Item, Reject
+from ldm.data.writer import Written, write_dataset
+from ldm.errors import ConfigError
+from ldm.training.assemble import load_trained
+from ldm.training.autoencoder import to_unit
+from ldm.training.checkpoints import read_manifest
+
+
+def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Writes output=DIR from shards=PATH with the autoencoder of checkpoint=RUN."""
+    check(config)
+    written = encode_shards(plain(config), Path(config.output) if config.output else None)
+    print(written)
+    print(f"latents: {written.output}")
+    return {f"samples/{split}": float(n) for split, n in written.samples.items()}
+
+
+def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written:
+    """Latents (mean and log variance, float16) with their captions, and the autoencoder's checkpoint beside them."""
+    if not config["checkpoint"] or not config["shards"]:
+        raise ConfigError("task=encode needs shards=PATH (of images) and checkpoint=RUN (a trained autoencoder).")
+    parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
+    autoencoder = parts.autoencoder.eval()
+    autoencoder.latents.standardise(torch.zeros(1, len(autoencoder.latents.mean), 1, 1))  # refused when unmeasured
+    names = splits(Path(config["shards"])) or ["train", "val"]
+    data = {name: open_split(config["shards"], name) for name in names}
+    size = config["image_size"] or data["train"].facts.get("image_size") or trained["image_size"]
+    identity = {
+        "images": {name: shards.fingerprint for name, shards in data.items()},
+        "autoencoder": read_manifest(folder)["files"]["vae.safetensors"]["sha256"],
+        "weights": config["weights"],
+        "image_size": size,
+        "version": 1,
+    }
+    output = output or Path(config["outputs"]) / "stages" / f"latents-{digest(identity)}"
+    facts = {**data["train"].facts, "image_size": size, "parent": str(Path(config["shards"]).resolve())}
+    facts["autoencoder"] = identity["autoencoder"]
+    items = (i for name, shards in data.items() for i in _items(shards, name, autoencoder, size, config["batch_size"]))
+    written = write_dataset(items, output, facts=facts, identity=identity)
+    _keep_autoencoder(folder, written.output / "autoencoder")
+    return written
+
+
+@torch.no_grad()
+def _items(shards: Shards, split: str, autoencoder: AutoencoderKL, size: int, batch: int) -> Iterator[Item | Reject]:
+    stages, fields = stages_for(shards, size, "centre", flip=False, seed=0)
+    batches = Batches(shards, stages, [*fields, "json"] if "json" not in fields else fields)
+    for first in range(0, len(shards), batch):
+        indices = np.arange(first, min(first + batch, len(shards)))
+        rows = list(batches.samples(indices, np.zeros_like(indices)))
+        good = [row for row in rows if not isinstance(row, Bad)]
+        yield from (Reject(r.key, r.error.reason, str(r.error)) for r in rows if isinstance(r, Bad))
+        if good:
+            moments = autoencoder.encode(to_unit(torch.stack([row["image"] for row in good]))).moments()
+            for row, latent in zip(good, moments.half().numpy(), strict=True):
+                yield _item(row, latent, split)
+
+
+def _item(row: dict[str, Any], latent: np.ndarray, split: str) -> Item | Reject:
+    if not np.isfinite(latent).all():
+        return Reject(row["__key__"], "latent outside float16")
+    buffer = io.BytesIO()
+    np.save(buffer, latent)
+    return Item({"latent.npy": buffer.getvalue(), "txt": row["caption"].encode()}, split, key=row["__key__"])
+
+
+def _keep_autoencoder(checkpoint: Path, target: Path) -> None:
+    """The checkpoint that made the latents travels with them: decoding needs it, and no other fits."""
+    if target.is_dir():
+        return
+    part = target.with_name("autoencoder.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(checkpoint, part)
+    part.rename(target)

@@ -1,0 +1,182 @@
+"""task=evaluate: what a trained model draws, in numbers with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchmetrics import Metric
+
+from ldm.build import build
+from ldm.config import check, digest, plain
+from ldm.data.samples import Batches, stages_for
+from ldm.data.shards import Shards, open_split, splits
+from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
+from ldm.errors import ConfigError
+from ldm.metrics.nearest import NearestTraining
+from ldm.metrics.reconstruction import Reconstruction
+from ldm.metrics.shapes import ShapeScore
+from ldm.pictures import grid
+from ldm.sampling import Request, Sampler
+from ldm.training.assemble import load_trained
+from ldm.training.autoencoder import to_unit
+from ldm.training.run_directory import read_json, write_json
+
+BATCH = 64
+UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
+
+
+def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Writes evaluation.json and picture grids into output=DIR, by default beside the checkpoint's run."""
+    check(config)
+    values = plain(config)
+    if not values["checkpoint"]:
+        raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
+    result, output = evaluate_run(values)
+    for name, value in sorted(result.items()):
+        if "/low" not in name and "/high" not in name and not name.endswith(("/n", "/chance")):
+            low, high = result.get(f"{name}/low"), result.get(f"{name}/high")
+            print(f"{name:<34}{value:.4f}" + (f"  [{low:.3f}, {high:.3f}]" if low is not None else ""))
+    print(f"evaluation: {output / 'evaluation.json'}")
+    return result
+
+
+def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
+    """Scores of a checkpoint; an evaluation that is already there for the same checkpoint and request is read."""
+    parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
+    run = folder.parent.parent
+    output = Path(config["output"]) if config["output"] else run / f"evaluation-{config['weights']}"
+    asked = {k: config[k] for k in ("eval_images", "num_steps", "guidance", "guidance_rescale", "eta", "seed")}
+    asked |= {k: config[k] for k in ("sampler", "grid", "guider", "metric", "weights")}
+    key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
+    before = read_json(output / "evaluation.json")
+    if before.get("key") == key:
+        return before["metrics"], output
+    metrics = _metrics(config["metric"])
+    images = _image_shards(config["shards"] or trained["data"]["shards"])
+    size = trained["image_size"]
+    output.mkdir(parents=True, exist_ok=True)
+    result = _reconstruction(metrics, parts.autoencoder.eval(), images, size)
+    if parts.denoiser is not None and parts.text_encoder is not None:
+        parts.text_encoder.eval()
+        parts.denoiser.model.eval()  # type: ignore[attr-defined]
+        sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
+        for half, captions in _captions(images, config["eval_images"], config["seed"]).items():
+            drawn = _draw(sampler, captions, config, size)
+            grid(drawn[:32], captions[:32]).save(output / f"{half}.png")
+            result |= {f"{half}/{k}": v for k, v in _shape_score(metrics, images, drawn, captions).items()}
+            result |= {f"{half}/nearest/{k}": v for k, v in _nearest(metrics, images, drawn, size).items()}
+        for split in ("val", "unseen"):
+            if split in images:
+                held_out = torch.cat(list(_pictures(images[split], size, config["eval_images"])))
+                distances = _nearest(metrics, images, held_out, size)
+                result |= {f"held_out_{split}/nearest/{k}": v for k, v in distances.items()}
+    write_json(output / "evaluation.json", {"key": key, "checkpoint": str(folder), "asked": asked, "metrics": result})
+    return result, output
+
+
+def _metrics(node: dict[str, Any] | None) -> list[Metric]:
+    nodes = [] if not node else [node] if "_target_" in node else list(node.values())
+    return [build(n, "metric") for n in nodes]
+
+
+def _of(metrics: list[Metric], kind: type[Metric]) -> Any:
+    for metric in metrics:
+        if isinstance(metric, kind):
+            metric.reset()
+            return metric
+    return None
+
+
+def _image_shards(path: str | None) -> dict[str, Shards]:
+    """Splits of the images behind a path: of the parent, where the path holds latents."""
+    if not path or not Path(path).exists():
+        raise ConfigError(f"the data are not at {path} any more: give shards=PATH of the images to compare with.")
+    first = open_split(path, "train")
+    parent = Path(path) if first.kind == "image" else Path(first.facts.get("parent", ""))
+    if not parent.is_dir():
+        raise ConfigError(f"{path} holds latents, and their images are not at {parent} any more: give shards=PATH.")
+    return {name: open_split(parent, name) for name in (splits(parent) or ["train", "val"])}
+
+
+def _pictures(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
+    """Images in [-1, 1], in the order of the shards."""
+    stages, fields = stages_for(shards, size, "centre", flip=False, seed=0)
+    batches = Batches(shards, stages, fields)
+    n = min(len(shards), limit or len(shards))
+    for first in range(0, n, 256):
+        indices = np.arange(first, min(first + 256, n))
+        yield to_unit(batches(indices, np.zeros_like(indices), indices.tolist())["image"])
+
+
+def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[str]]:
+    """What is drawn: for the shapes captions of pairs trained on and of pairs never seen, else validation captions."""
+    facts = images["train"].facts
+    if facts.get("source") == "shapes":
+        fraction = facts["held_out_fraction"]
+        halves = {"seen": pairs_seen(fraction), "unseen": pairs_unseen(fraction)}
+        return {half: draw_captions(pairs, n, seed) for half, pairs in halves.items() if pairs}
+    stages, fields = stages_for(images["val"], facts.get("image_size", 64), "centre", flip=False, seed=0)
+    count = min(n, len(images["val"]))
+    indices = np.arange(count)
+    batch = Batches(images["val"], stages, fields)(indices, np.zeros_like(indices), indices.tolist())
+    return {"val": batch["caption"]}
+
+
+@torch.no_grad()
+def _draw(sampler: Sampler, captions: list[str], config: dict[str, Any], size: int) -> Tensor:
+    drawn = []
+    for first in range(0, len(captions), BATCH):
+        prompts = captions[first : first + BATCH]
+        solver = build(config["sampler"], "sampler")
+        if solver is not None:
+            solver = solver.with_eta(config["eta"])
+        request = Request(
+            prompts,
+            size,
+            size,
+            num_steps=config["num_steps"],
+            guidance=config["guidance"],
+            seeds=[UNSEEN_NOISE + config["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
+            solver=solver,
+            spacing=build(config["grid"], "grid"),
+            guider=build({**config["guider"], "rescale": config["guidance_rescale"]}, "guider"),
+        )
+        drawn.append(sampler.sample(request))
+    return torch.cat(drawn)
+
+
+@torch.no_grad()
+def _reconstruction(metrics: list[Metric], autoencoder: Any, images: dict[str, Shards], size: int) -> dict[str, float]:
+    metric = _of(metrics, Reconstruction)
+    if metric is None or "val" not in images:
+        return {}
+    for batch in _pictures(images["val"], size):
+        metric.update(autoencoder.decode(autoencoder.encode(batch).mode()).clamp(-1, 1), batch)
+    return {f"reconstruction/{k}": float(v) for k, v in metric.compute().items()}
+
+
+def _shape_score(
+    metrics: list[Metric], images: dict[str, Shards], drawn: Tensor, captions: list[str]
+) -> dict[str, float]:
+    metric = _of(metrics, ShapeScore)
+    if metric is None or images["train"].facts.get("source") != "shapes":
+        return {}
+    metric.update(drawn, captions)
+    return metric.compute()
+
+
+def _nearest(metrics: list[Metric], images: dict[str, Shards], drawn: Tensor, size: int) -> dict[str, float]:
+    metric = _of(metrics, NearestTraining)
+    if metric is None:
+        return {}
+    if not metric._reference:
+        for batch in _pictures(images["train"], size, 50_000):
+            metric.add_reference(batch)
+    metric.update(drawn)
+    return metric.compute()

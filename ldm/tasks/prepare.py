@@ -1,0 +1,28 @@
+"""task=prepare: images and captions from a source into shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.build import build
+from ldm.config import check, digest, plain
+from ldm.data.writer import Written, write_dataset
+
+
+def prepare(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Writes output=DIR (default: outputs/stages/shards-<digest of the source>); says what was left out."""
+    check(config)
+    written = prepare_shards(plain(config), Path(config.output) if config.output else None)
+    print(written)
+    print(f"shards: {written.output}")
+    return {f"samples/{split}": float(n) for split, n in written.samples.items()}
+
+
+def prepare_shards(config: dict, output: Path | None = None) -> Written:
+    """The source's samples as shards; left as they are when they are there already."""
+    source = build(config["source"], "source")
+    identity = source.identity()
+    output = output or Path(config["outputs"]) / "stages" / f"shards-{digest(identity)}"
+    return write_dataset(source, output, facts=source.facts, identity=identity)

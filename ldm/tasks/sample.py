@@ -1,0 +1,99 @@
+"""task=sample: prompts to pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.build import build
+from ldm.config import check, digest
+from ldm.errors import ConfigError
+from ldm.pictures import film_strip, grid, to_pil
+from ldm.pipeline import Pipeline
+from ldm.sampling import Request, chosen_steps
+
+
+def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Writes PNGs with their recipe inside, a grid, and with film_strip=true the steps of the first pictures."""
+    check(config)
+    if not config.checkpoint:
+        raise ConfigError("task=sample needs checkpoint=RUN, for example checkpoint=outputs/mine.")
+    prompts = _prompts(config)
+    pipe = Pipeline.load(config.checkpoint, config.weights)
+    request = _request(pipe, config, prompts)
+    output = Path(config.output) if config.output else _default_output(config, pipe)
+    steps = list(pipe.sampler.steps(request))
+    images = pipe.decode(steps[-1].x_next)
+    output.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        recipe = _recipe(config, pipe, request, i)
+        info = PngInfo()
+        info.add_text("ldm", json.dumps(recipe, ensure_ascii=False))
+        to_pil(image).save(output / f"{i:04d}.png", pnginfo=info)
+    grid(images, request.prompts).save(output / "grid.png")
+    if config.film_strip:
+        frames = pipe.sampler.frames(steps, chosen_steps(len(steps)))
+        film_strip(frames, request.prompts).save(output / "film_strip.png")
+    print(f"pictures: {output}")
+    return {"images": float(len(images))}
+
+
+def _prompts(config: DictConfig) -> list[str]:
+    if config.prompts:
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(f"prompts={config.prompts}: cannot be read ({error.strerror}).") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+    else:
+        prompts = [config.prompt] if config.prompt is not None else []
+    if not prompts:
+        raise ConfigError('task=sample needs a text: prompt="a red star", or prompts=FILE with one a line.')
+    return prompts
+
+
+def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
+    seed = OmegaConf.to_container(config.seed) if OmegaConf.is_list(config.seed) else config.seed
+    request = pipe.request(
+        prompts,
+        config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        num_steps=config.num_steps,
+        guidance=config.guidance,
+        sampler=build(config.sampler, "sampler"),
+        eta=config.eta,
+        seed=seed,
+        num_images=config.num_images,
+    )
+    request.spacing = build(config.grid, "grid")
+    request.guider = build(OmegaConf.merge(config.guider, {"rescale": config.guidance_rescale}), "guider")
+    return request
+
+
+def _default_output(config: DictConfig, pipe: Pipeline) -> Path:
+    """A folder beside the run's checkpoints, found again by the same request."""
+    run = pipe.folder.parent.parent if pipe.folder.parent.name == "checkpoints" else pipe.folder
+    keys = ("prompt", "prompts", "negative_prompt", "height", "width", "num_steps", "guidance", "seed", "num_images")
+    asked = {k: str(config[k]) for k in (*keys, "sampler", "grid", "eta", "guidance_rescale", "weights")}
+    return run / "samples" / f"{pipe.folder.name}-{digest(asked)}"
+
+
+def _recipe(config: DictConfig, pipe: Pipeline, request: Request, i: int) -> dict[str, Any]:
+    return {
+        "prompt": request.prompts[i],
+        "negative_prompt": config.negative_prompt,
+        "seeds": list(request.seeds) if len(request.seeds) == 1 else [request.seeds[i]],
+        "position": i if len(request.seeds) == 1 else 0,
+        "height": request.height,
+        "width": request.width,
+        "num_steps": request.num_steps,
+        "guidance": request.guidance,
+        "sampler": OmegaConf.to_container(config.sampler) or "own",
+        "weights": config.weights,
+        "checkpoint": str(pipe.folder),
+    }

@@ -1,0 +1,144 @@
+"""task=train: one training run, or the stages of an experiment in sequence."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config import check, nearest, plain
+from ldm.errors import ConfigError
+from ldm.report import write_report
+from ldm.tasks.encode import encode_shards
+from ldm.tasks.evaluate import evaluate_run
+from ldm.tasks.prepare import prepare_shards
+from ldm.training.run import Finished, train_run
+from ldm.training.run_directory import write_json
+
+STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
+
+
+def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
+    check(config)
+    if config.stages:
+        return Stages(config, arm).run()
+    finished = train_run(plain(config), lambda digest: _directory(config, digest, arm))
+    _say(finished)
+    return finished.metrics
+
+
+def _directory(config: DictConfig, digest: str, arm: Path | None) -> Path:
+    if arm is not None:
+        return arm
+    return Path(config.outputs) / (config.name or f"{config.experiment}-{digest}-seed{config.seed}")
+
+
+def _say(finished: Finished) -> None:
+    did = "trained to" if finished.trained else "was finished before, at"
+    print(f"{finished.path}: {did} step {finished.step}")
+
+
+class Stages:
+    """The stages of one command. Each has its own changes to the configuration; results are shared by content.
+
+    shards, autoencoder and latents live in outputs/stages/, named by a digest of what decides them, so that another
+    run or another arm of a sweep finds them; the diffusion model is the run itself.
+    """
+
+    def __init__(self, config: DictConfig, arm: Path | None):
+        self.config, self.arm = config, arm
+        self.made: dict[str, Any] = {}  # stage -> where its result is, for the report
+        self.found: dict[str, Any] = {}  # keys that earlier stages pass on
+        unknown = [s for s in config.stages if s not in STAGES]
+        if unknown:
+            raise ConfigError(f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}.")
+        for stage in config.stages:
+            check(self.configured(stage))
+
+    def run(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for stage in self.config.stages:
+            started = time.time()
+            values = plain(self.configured(stage))
+            print(f"--- {stage}", flush=True)
+            metrics.update(getattr(self, stage)(values))
+            self.made[stage]["seconds"] = round(time.time() - started, 1)
+        return metrics
+
+    def configured(self, stage: str) -> DictConfig:
+        """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
+        changes = self.config.stages[stage] or {}
+        merged = OmegaConf.merge(self.config, changes, self.found)
+        assert isinstance(merged, DictConfig)
+        merged.stages = {}
+        return merged
+
+    def prepare(self, values: dict[str, Any]) -> dict[str, float]:
+        with _alone(values, "prepare"):
+            written = prepare_shards(values)
+        print(written, flush=True)
+        self.found["shards"] = str(written.output)
+        if self.config.image_size is None:
+            self.found["image_size"] = written.facts.get("image_size")
+        self.made["prepare"] = {"path": str(written.output), "samples": written.samples, "facts": written.facts}
+        self.made["prepare"]["rejected"] = dict(written.rejected)
+        return {}
+
+    def autoencoder(self, values: dict[str, Any]) -> dict[str, float]:
+        values["module"] = "autoencoder"
+        folder = Path(values["outputs"]) / "stages"
+        finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
+        _say(finished)
+        self.found["checkpoint"] = str(finished.path)
+        self.made["autoencoder"] = {"path": str(finished.path), "step": finished.step}
+        return {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
+
+    def encode(self, values: dict[str, Any]) -> dict[str, float]:
+        with _alone(values, "encode"):
+            written = encode_shards(values)
+        print(written, flush=True)
+        # The latents bring their autoencoder along.
+        self.found |= {"shards": str(written.output), "checkpoint": self.config.checkpoint}
+        self.made["encode"] = {"path": str(written.output), "samples": written.samples}
+        return {}
+
+    def diffusion(self, values: dict[str, Any]) -> dict[str, float]:
+        finished = train_run(values, lambda digest: _directory(self.config, digest, self.arm))
+        _say(finished)
+        self.found["checkpoint"] = str(finished.path)
+        self.run_directory = finished.path
+        self.made["diffusion"] = {"path": str(finished.path), "step": finished.step}
+        return finished.metrics
+
+    def evaluate(self, values: dict[str, Any]) -> dict[str, float]:
+        with _alone(values, "evaluate"):
+            metrics, output = evaluate_run(values)
+        self.made["evaluate"] = {"path": str(output)}
+        return metrics
+
+    def report(self, values: dict[str, Any]) -> dict[str, float]:
+        self.made["report"] = {}
+        write_json(self.run_directory / "stages.json", self.made)
+        path = write_report(self.run_directory)
+        print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")
+        return {}
+
+
+@contextmanager
+def _alone(values: dict[str, Any], stage: str) -> Iterator[None]:
+    """One process at a time: arms of a sweep and ranks of a job wait, then find the result there."""
+    folder = Path(values["outputs"]) / "stages"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{stage}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}): give another outputs= folder.") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,135 @@
+"""From a configuration to modules: fresh ones, and ones filled from a checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ldm.autoencoders.kl import AutoencoderKL
+from ldm.build import build
+from ldm.diffusion.denoiser import Denoiser
+from ldm.errors import ConfigError
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.checkpoints import State, find, load_parts
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.module import Recipe, TrainedModule
+from ldm.training.randomness import Draws, seed_of
+
+Config = Mapping[str, Any]
+# The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
+AUTOENCODER_NODES = ("autoencoder",)
+DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
+
+
+@dataclass
+class Parts:
+    """What sampling needs. `captions_to` is None for an autoencoder alone."""
+
+    autoencoder: AutoencoderKL
+    denoiser: Denoiser | None = None
+    text_encoder: nn.Module | None = None
+
+
+def build_parts(config: Config, tokenizer: Path | None = None) -> Parts:
+    """Modules with fresh weights from a resolved configuration; combinations that cannot work are refused."""
+    autoencoder = build(config["autoencoder"], "autoencoder")
+    if config["module"] == "autoencoder":
+        return Parts(autoencoder)
+    scheduler, parameterization = build(config["scheduler"], "scheduler"), build_parameterization(config)
+    parameterization.check(scheduler)
+    text_encoder = build(config["text_encoder"], "text_encoder")
+    if tokenizer is not None:
+        text_encoder.load_tokenizer(tokenizer)
+    _check_widths(config["model"], text_encoder, len(autoencoder.latents.mean))
+    model = build(config["model"], "model")
+    return Parts(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder)
+
+
+def build_parameterization(config: Config) -> Any:
+    return build(config["parameterization"], "parameterization")
+
+
+def _check_widths(model: Config, text_encoder: nn.Module, latent_channels: int) -> None:
+    wanted, given = model.get("cross_attention_dim", 768), text_encoder.context_dim
+    if wanted != given:
+        raise ConfigError(
+            f"model.cross_attention_dim={wanted}, but the text encoder's states are {given} wide: "
+            f"set model.cross_attention_dim={given}, or choose another text_encoder=."
+        )
+    for key in ("in_channels", "out_channels"):
+        if model.get(key, 4) != latent_channels:
+            raise ConfigError(
+                f"model.{key}={model.get(key, 4)}, but the autoencoder has {latent_channels} latent channels: "
+                f"set model.{key}={latent_channels}."
+            )
+
+
+def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
+    """Loads one part strictly; a mismatch is one line with the first names."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or unknown or shapes:
+        k = (missing + unknown + shapes)[0]
+        raise ConfigError(
+            f"{source / part}.safetensors does not fit this configuration: {len(missing)} tensors missing, "
+            f"{len(unknown)} unknown, {len(shapes)} of another shape (first: {k}). "
+            "Give the checkpoint of a model of the same size, or the same model=, autoencoder= and text_encoder=."
+        )
+    module.load_state_dict(state)
+
+
+def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, dict[str, Any], Path]:
+    """Everything in a checkpoint folder (or the newest one of a run): parts, its configuration, the folder."""
+    folder = find(checkpoint)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    tokenizer = folder / "tokenizer"
+    parts = build_parts(config, tokenizer if tokenizer.is_dir() else None)
+    fill_parts(parts, load_parts(folder, weights), folder)
+    return parts, config, folder
+
+
+def fill_parts(parts: Parts, states: dict[str, State], folder: Path) -> None:
+    """Fills those parts that a checkpoint has and this configuration has too."""
+    modules: dict[str, nn.Module | None] = {"vae": parts.autoencoder, "text_encoder": parts.text_encoder}
+    if parts.denoiser is not None:
+        assert isinstance(parts.denoiser.model, nn.Module)
+        modules["unet"] = parts.denoiser.model
+    for part, state in states.items():
+        module = modules.get(part)
+        if module is not None:
+            fill(module, state, part, folder)
+
+
+def build_module(config: Config, parts: Parts) -> TrainedModule:
+    """The LightningModule of a configuration around its parts."""
+    recipe = Recipe(
+        build(config["optimizer"], "optimizer"),
+        build(config["lr_scheduler"], "lr_scheduler"),
+        build(config["ema"], "ema"),
+    )
+    draws = Draws(int(config["seed"]), config["batch_size"], config["accumulate"])
+    if config["module"] == "autoencoder":
+        return AutoencoderTraining(parts.autoencoder, recipe, draws, config["kl_weight"])
+    assert parts.denoiser is not None and parts.text_encoder is not None
+    return LatentDiffusion(
+        parts.denoiser,
+        parts.autoencoder,
+        parts.text_encoder,
+        build(config["weighting"], "weighting"),
+        build(config["times"], "times"),
+        recipe,
+        draws,
+        config["caption_dropout"],
+        config["noises_per_image"],
+    )
+
+
+def weight_seed(config: Config) -> int:
+    """Seed of torch's global generator while fresh weights are drawn."""
+    return seed_of(config["seed"], "weights")

@@ -1,0 +1,60 @@
+"""Training losses, total and by time, averaged exactly over the steps since they were last logged."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+
+from ldm.training.logging import log_metrics
+from ldm.training.module import TrainedModule, stepped
+from ldm.training.totals import Totals
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; nothing of this step has been saved."""
+
+
+class Losses(L.Callback):
+    """Logs the module's totals every `every_n_steps` steps; the sums so far are part of the checkpoint."""
+
+    def __init__(self, every_n_steps: int = 10):
+        self.every_n_steps = every_n_steps
+        self.window: Totals | None = None
+        self._restored: torch.Tensor | None = None
+        self.last = math.nan  # loss of the last step, for the progress bar
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainedModule)
+        self.window = Totals(pl_module.totals.names)
+        if self._restored is not None:
+            self.window.values.copy_(self._restored)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainedModule) and self.window is not None
+        if not stepped(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        pl_module.totals.reduce()
+        self.last = pl_module.totals.means()["train/loss"]
+        if not math.isfinite(self.last):
+            raise Diverged(
+                f"the training loss is {self.last} at step {step}; the last good checkpoint is untouched. "
+                "Lower optimizer.lr, raise lr_scheduler.warmup_steps, or use trainer.precision=32-true."
+            )
+        self.window.merge(pl_module.totals)
+        pl_module.totals.reset()
+        if step % self.every_n_steps == 0:
+            learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+            log_metrics(trainer, {**self.window.means(), "train/learning_rate": learning_rate}, step)
+            self.window.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.window is None else {"window": self.window.values.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict.get("window")

@@ -1,0 +1,128 @@
+"""Pictures while it trains: reconstructions, the jump to x0, and samples with their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+
+from ldm.diffusion.grids import Spacing
+from ldm.diffusion.samplers.solver import Solver
+from ldm.pictures import film_strip, grid
+from ldm.sampling import Request, Sampler, chosen_steps
+from ldm.training.autoencoder import AutoencoderTraining, to_unit
+from ldm.training.latent_diffusion import LatentDiffusion
+from ldm.training.logging import log_picture
+from ldm.training.module import stepped
+
+
+class _Pictures(L.Callback):
+    """Calls `draw` on the first process every n steps and after the last; without drawing from any training stream."""
+
+    every_n_steps: int
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if stepped(trainer, batch_idx) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self.draw(trainer, pl_module, step)
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must draw something.")
+
+
+class Reconstructions(_Pictures):
+    """Validation images above what the autoencoder makes of them (module=autoencoder)."""
+
+    def __init__(self, every_n_steps: int = 500, num_images: int = 8):
+        self.every_n_steps, self.num_images = every_n_steps, num_images
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        if not isinstance(module, AutoencoderTraining) or not trainer.is_global_zero:
+            return
+        images = trainer.datamodule.first_validation(self.num_images)["image"]  # type: ignore[attr-defined]
+        images = to_unit(images.to(module.device))
+        with module.averaged():
+            output = module.autoencoder.decode(module.autoencoder.encode(images).mode()).float()
+        both = torch.cat([images, output])
+        log_picture(trainer, "reconstructions", grid(both, columns=len(images)), step, "images above reconstructions")
+
+
+class JumpToX0(_Pictures):
+    """The film strip of sampling: at chosen steps the current latent decoded above its jump to x0.
+
+    prompts: fixed texts; None takes the first captions of the validation data.
+    decode_steps: steps that are decoded in full; every step is shown as a linear preview beside them.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        prompts: Sequence[str] | None = None,
+        num_prompts: int = 2,
+        num_steps: int = 20,
+        decode_steps: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20),
+        guidance: float = 2.0,
+        seed: int = 0,
+        sampler: Solver | None = None,
+        grid: Spacing | None = None,
+    ):
+        self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
+        self.num_steps, self.decode_steps = num_steps, decode_steps
+        self.guidance, self.seed, self.sampler, self.grid = guidance, seed, sampler, grid
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
+            return
+        prompts = list(self.prompts or fixed_prompts(trainer, self.num_prompts))
+        sampler = Sampler(module.denoiser, module.autoencoder, module.text_encoder)
+        size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+        seeds = [self.seed + i for i in range(len(prompts))]
+        request = Request(prompts, size, size, num_steps=self.num_steps, guidance=self.guidance, seeds=seeds)
+        request.solver, request.spacing = self.sampler, self.grid
+        with module.averaged():
+            steps = list(sampler.steps(request))
+            frames = sampler.frames(steps, chosen_steps(self.num_steps, self.decode_steps))
+            log_picture(trainer, "jump_to_x0", film_strip(frames, prompts), step, "; ".join(prompts))
+            if module.autoencoder.latents.has_preview:
+                strip = film_strip(sampler.previews(steps), prompts, side=48)
+                log_picture(trainer, "jump_to_x0_preview", strip, step, "linear previews of every step")
+
+
+class Samples(_Pictures):
+    """A grid of samples with their prompts, at fixed seeds."""
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        prompts: Sequence[str] | None = None,
+        num_prompts: int = 16,
+        num_steps: int = 20,
+        guidance: float = 2.0,
+        seed: int = 0,
+        sampler: Solver | None = None,
+        grid: Spacing | None = None,
+    ):
+        self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
+        self.num_steps, self.guidance, self.seed, self.sampler, self.grid = num_steps, guidance, seed, sampler, grid
+
+    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
+            return
+        prompts = list(self.prompts or fixed_prompts(trainer, self.num_prompts))
+        sampler = Sampler(module.denoiser, module.autoencoder, module.text_encoder)
+        size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+        seeds = [self.seed + i for i in range(len(prompts))]
+        request = Request(prompts, size, size, num_steps=self.num_steps, guidance=self.guidance, seeds=seeds)
+        request.solver, request.spacing = self.sampler, self.grid
+        with module.averaged():
+            images = sampler.sample(request)
+        log_picture(trainer, "samples", grid(images, prompts), step, "; ".join(prompts))
+
+
+def fixed_prompts(trainer: L.Trainer, n: int) -> list[str]:
+    """The first captions of the validation data: the same in every run on these shards."""
+    return list(trainer.datamodule.first_validation(n)["caption"])  # type: ignore[attr-defined]

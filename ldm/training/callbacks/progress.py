@@ -1,0 +1,73 @@
+"""How far, how fast, how long still."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ldm.training.callbacks.losses import Losses
+from ldm.training.logging import log_metrics
+from ldm.training.module import TrainedModule, stepped
+
+
+class ProgressBar(L.Callback):
+    """One bar over all steps with loss, images/s and time left; in a log file a line every `every_n_steps` steps."""
+
+    def __init__(self, every_n_steps: int = 50):
+        self.every_n_steps = every_n_steps
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started, self._first = time.perf_counter(), trainer.global_step
+        self._since, self._since_step = self._started, self._first
+        self._losses = next((c for c in trainer.callbacks if isinstance(c, Losses)), None)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("", total=trainer.max_steps, completed=self._first, text="")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not stepped(trainer, batch_idx) or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, TrainedModule)
+        step, now = trainer.global_step, time.perf_counter()
+        if self._bar is not None:
+            rate = pl_module.images_per_step * (step - self._first) / (now - self._started)
+            self._bar.update(self._task, completed=step, text=f"loss {self._loss():.4f}  {rate:.0f} images/s")
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            steps = step - self._since_step
+            rate = pl_module.images_per_step * steps / (now - self._since)
+            log_metrics(trainer, {"train/images_per_second": rate}, step)
+            if self._bar is None:
+                self._print(trainer, step, step * pl_module.images_per_step, rate, (now - self._since) / max(1, steps))
+            self._since, self._since_step = now, step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _print(self, trainer: L.Trainer, step: int, images: int, rate: float, seconds: float) -> None:
+        left = (trainer.max_steps - step) * seconds
+        print(
+            f"step {step}/{trainer.max_steps}  images {images}  loss {self._loss():.4f}  {rate:.0f} images/s  "
+            f"{int(left // 60)}:{int(left % 60):02d} left",
+            flush=True,
+        )
+
+    def _loss(self) -> float:
+        return self._losses.last if self._losses is not None else float("nan")
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

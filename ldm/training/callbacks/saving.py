@@ -1,0 +1,91 @@
+"""Checkpoints at step boundaries, after the last step, and when the process is asked to stop."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from ldm.training.checkpoints import all_folders, folder_name
+from ldm.training.module import stepped
+
+
+class Interrupted(Exception):
+    """A signal ended the run at a step boundary; everything up to it is saved."""
+
+    def __init__(self, number: int, step: int, folder: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; saved in {folder}")
+        self.number, self.step, self.folder = number, step, folder
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 75 ("try again") for what a scheduler sends."""
+        return 130 if self.number == signal.SIGINT else 75
+
+
+class Checkpoints(L.Callback):
+    """Saves every `every_n_steps` steps, after the last step, and at the boundary after SIGINT, SIGTERM or SIGUSR1.
+
+    It must be the last callback: what the others log at a step is then never missing from a resumed run.
+    keep_last: how many checkpoint folders stay; None keeps all.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2):
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.directory = Path("checkpoints")  # set when the run directory is known
+        self._signal = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The handler only sets a flag: collectives inside handlers deadlock when one rank alone gets the signal.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._flag)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not stepped(trainer, batch_idx):
+            return
+        step, number = trainer.global_step, self._agreed()
+        last = step == trainer.max_steps
+        if number or last or step % self.every_n_steps == 0:
+            folder = self.directory / folder_name(step)
+            trainer.save_checkpoint(folder)
+            if trainer.is_global_zero:
+                self._prune()
+            if number and not last:
+                raise Interrupted(number, step, folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _flag(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def _agreed(self) -> int:
+        """The signal that any rank has had; every rank stops at the same step."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self._signal
+        flag = torch.tensor(self._signal)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def _prune(self) -> None:
+        folders = all_folders(self.directory.parent)
+        for folder in folders[: -self.keep_last] if self.keep_last else []:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

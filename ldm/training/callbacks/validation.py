@@ -1,0 +1,50 @@
+"""Validation at a fixed number of steps, on averaged weights, reduced exactly over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from ldm.training.logging import log_metrics, log_picture
+from ldm.training.module import TrainedModule, stepped
+from ldm.training.totals import Totals
+
+
+class Validation(L.Callback):
+    """Runs the module's `validation_step` over the datamodule's validation data.
+
+    It stands before the checkpoint callback, inside the same training step: a killed run cannot have a checkpoint
+    whose validation is missing. That is why Lightning's own validation loop is not used.
+    """
+
+    def __init__(self, every_n_steps: int = 500):
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+            return
+        assert isinstance(pl_module, TrainedModule)
+        values = validate(trainer, pl_module)
+        log_metrics(trainer, values, step)
+        for key, picture in pl_module.validation_pictures(values).items():
+            log_picture(trainer, key, picture, step)
+
+
+def validate(trainer: L.Trainer, module: TrainedModule) -> dict[str, float]:
+    """Means over the validation data of every rank, and the standard error of the loss."""
+    totals = Totals(module.validation_names())
+    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    with module.averaged():
+        for index, batch in enumerate(loader):
+            batch = trainer.strategy.batch_to_device(batch)
+            valid = batch["valid"]
+            with trainer.precision_plugin.val_step_context():
+                values = module.validation_step(batch, index)
+            for name, per_sample in values.items():
+                totals.add(name, per_sample[valid])
+    totals.reduce()
+    return {**totals.means(), "val/loss_standard_error": totals.standard_errors().get("val/loss", 0.0)}

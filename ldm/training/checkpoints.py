@@ -1,0 +1,226 @@
+"""Checkpoint folders: written whole or not at all, and enough to rebuild the module without anything else.
+
+    step-00001000/  unet.safetensors  unet.ema.safetensors  vae.safetensors  text_encoder.safetensors ...
+                    tokenizer/  state.pt  config.yaml  manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.errors import ConfigError
+
+FORMAT = 1
+State = dict[str, Tensor]
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@dataclass
+class Content:
+    """What goes into a checkpoint folder."""
+
+    parts: Mapping[str, State]  # part name -> tensors
+    averages: Mapping[str, State]  # part name -> averaged tensors of what is trained
+    state: dict[str, Any]  # plain data: optimizer, loops, callbacks
+    config: str  # resolved configuration, YAML
+    frozen: tuple[str, ...] = ()  # parts that do not change: linked from the folder before
+    save_tokenizer: Callable[[Path], None] | None = None
+
+
+def write(folder: Path, content: Content, step: int, previous: Path | None = None) -> None:
+    """Writes `folder` under another name, syncs, checks, and renames it: at no moment is it half there."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    known: dict[str, Any] = {}
+    before = read_manifest(previous)["files"] if previous else {}
+    for name, tensors in content.parts.items():
+        file = f"{name}.safetensors"
+        if name in content.frozen and previous and file in before:
+            _link(previous / file, part / file)
+            known[file] = before[file]
+        else:
+            _save(tensors, part / file)
+    for name, tensors in content.averages.items():
+        _save(tensors, part / f"{name}.ema.safetensors")
+    if content.save_tokenizer is not None:
+        content.save_tokenizer(part / "tokenizer")
+    torch.save(content.state, part / "state.pt")
+    (part / "config.yaml").write_text(content.config)
+    files = {p.relative_to(part).as_posix(): p for p in sorted(part.rglob("*")) if p.is_file()}
+    manifest = {"format": FORMAT, "step": step, "files": {n: known.get(n) or _entry(p) for n, p in files.items()}}
+    (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in [*files.values(), part / "manifest.json", part]:
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    _sync(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, ConfigError when it is not one."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} is not a checkpoint folder of ours: manifest.json cannot be read.") from error
+    return manifest
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file has its size and digest."""
+    try:
+        files = read_manifest(folder)["files"]
+    except ConfigError as error:
+        return str(error)
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{path} is damaged: its digest is not the one in the manifest"
+    return None
+
+
+def all_folders(directory: Path) -> list[Path]:
+    """Finished checkpoint folders of a run directory, oldest first."""
+    return sorted(p for p in (directory / "checkpoints").glob("step-*") if p.suffix != ".part" and p.is_dir())
+
+
+def newest(directory: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run that verifies; damaged ones are named and passed over."""
+    for folder in reversed(all_folders(directory)):
+        problem = verify(folder)
+        if problem is None:
+            return folder
+        warn(f"checkpoint passed over: {problem}")
+    return None
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that a run directory, or the folder itself, stands for. ConfigError when there is none."""
+    given = Path(path)
+    if (given / "manifest.json").is_file() and (given / "config.yaml").is_file():
+        problem = verify(given)
+        if problem is not None:
+            raise ConfigError(f"checkpoint={path}: {problem}. Use another step of the run.")
+        return given
+    if not given.exists():
+        raise ConfigError(f"checkpoint={path}: there is nothing at this path. Give a run directory, like outputs/mine.")
+    problems: list[str] = []
+    folder = newest(given, problems.append)
+    if folder is None:
+        reason = "; ".join(problems) or "it has no checkpoints/step-* folder"
+        raise ConfigError(f"checkpoint={path}: no usable checkpoint there ({reason}).")
+    return folder
+
+
+def load_parts(folder: Path, weights: str = "ema") -> dict[str, State]:
+    """Tensors of every part, the averaged ones where they are asked for and there."""
+    parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name.endswith(".ema.safetensors"):
+            continue
+        name = file.name.removesuffix(".safetensors")
+        parts[name] = load_file(file)
+        averaged = folder / f"{name}.ema.safetensors"
+        if weights == "ema" and averaged.is_file():
+            parts[name].update(load_file(averaged))
+    return parts
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint dictionary as a checkpoint folder, and back."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, str],  # part -> attribute of the module
+        trained: list[str],
+        config: str,
+        save_tokenizer: Callable[[Path], None] | None = None,
+        previous: Path | None = None,  # newest checkpoint of the run so far
+    ):
+        self.parts, self.trained, self.config = parts, trained, config
+        self.save_tokenizer, self.previous = save_tokenizer, previous
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        state = dict(checkpoint)
+        tensors, averages = state.pop("state_dict"), state.pop("ema", {})
+        content = Content(
+            parts={part: _under(tensors, attribute) for part, attribute in self.parts.items()},
+            averages={p: _under(averages, self.parts[p]) for p in self.trained} if averages else {},
+            state=state,
+            config=self.config,
+            frozen=tuple(p for p in self.parts if p not in self.trained),
+            save_tokenizer=self.save_tokenizer,
+        )
+        write(Path(path), content, state["global_step"], self.previous)
+        self.previous = Path(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
+        folder = Path(path)
+        checkpoint = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        raw = load_parts(folder, weights="raw")
+        checkpoint["state_dict"] = {f"{self.parts[p]}.{k}": v for p, tensors in raw.items() for k, v in tensors.items()}
+        averages = {}
+        for part in self.trained:
+            file = folder / f"{part}.ema.safetensors"
+            if file.is_file():
+                averages.update({f"{self.parts[part]}.{k}": v for k, v in load_file(file).items()})
+        if averages:
+            checkpoint["ema"] = averages
+        self.previous = folder
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _under(tensors: State, attribute: str) -> State:
+    prefix = attribute + "."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _save(tensors: State, path: Path) -> None:
+    save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, path)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

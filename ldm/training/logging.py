@@ -1,0 +1,85 @@
+"""What a run says of itself: metrics.jsonl and images/ are the truth, W&B is a mirror."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers.logger import Logger
+from PIL import Image
+
+
+class RunLogger(Logger):
+    """One flushed JSON line a record in metrics.jsonl; every picture as images/step-N_key.png."""
+
+    def __init__(self, directory: Path, images_per_step: int = 1):
+        super().__init__()
+        self.directory = directory
+        self.images_per_step = images_per_step
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def file(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        record = {"step": step, "images": (step or 0) * self.images_per_step, "time": time.time()}
+        record.update({k: float(v) if math.isfinite(v) else None for k, v in metrics.items() if k != "epoch"})
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def log_picture(self, key: str, image: Image.Image, step: int, caption: str = "") -> None:
+        folder = self.directory / "images"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}_{key.replace('/', '_')}.png"
+        image.save(path)
+        record = {"step": step, "key": key, "file": path.name, "caption": caption}
+        with (folder / "images.jsonl").open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops what was logged after the checkpoint that a run goes on from: those steps come again."""
+        for file in (self.file, self.directory / "images" / "images.jsonl"):
+            if file.is_file():
+                kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+                part = file.with_name(file.name + ".part")
+                part.write_text("".join(line + "\n" for line in kept))
+                os.replace(part, file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the line being written when the process was killed
+        return math.inf
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """To every logger, from the first process only."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step=step)
+
+
+def log_picture(trainer: L.Trainer, key: str, image: Image.Image, step: int, caption: str = "") -> None:
+    """To every logger that takes pictures, from the first process only."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_picture"):
+                logger.log_picture(key, image, step, caption)

@@ -1,0 +1,125 @@
+"""What both LightningModules share: optimizer, averaged weights, random draws, and losses summed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.training.ema import EMA
+from ldm.training.randomness import Draws
+from ldm.training.totals import Totals
+
+
+@dataclass
+class Recipe:
+    """How weights are changed: optimizer(parameters), learning-rate factor(step), and their average."""
+
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    learning_rate: Callable[[int], float] = lambda step: 1.0
+    ema: EMA | None = None
+
+
+class TrainedModule(L.LightningModule):
+    """Subclasses say which parts they hold (`parts`) and which of them are trained (`trained_parts`).
+
+    Parts are the units of a checkpoint folder: file name -> attribute.
+    """
+
+    parts: dict[str, str]
+    totals: Totals
+
+    def __init__(self, recipe: Recipe, draws: Draws):
+        super().__init__()
+        self.recipe = recipe
+        self.draws = draws
+        self.images_per_step = draws.global_batch
+
+    @property
+    def ema(self) -> EMA | None:
+        return self.recipe.ema
+
+    @property
+    def trained_parts(self) -> list[str]:
+        raise NotImplementedError(f"{type(self).__name__} must name its trained parts.")
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by state-dict name."""
+        return {k: p for k, p in self.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluation mode with the averaged weights (the trained ones where there is no average)."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                if self.ema is None:
+                    yield
+                else:
+                    with self.ema.swapped(self.trained_parameters()):
+                        yield
+        finally:
+            self.train(was_training)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Named values, one a sample or finer, that the Validation callback averages over ranks and batches."""
+        raise NotImplementedError(f"{type(self).__name__} has no validation.")
+
+    def validation_names(self) -> list[str]:
+        raise NotImplementedError(f"{type(self).__name__} has no validation.")
+
+    def validation_pictures(self, values: dict[str, float]) -> dict[str, Image.Image]:
+        """Figures of a validation's result."""
+        return {}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.recipe.optimizer(list(self.trained_parameters().values()))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        self.draws = replace(self.draws, rank=self.global_rank, world_size=self.trainer.world_size)
+        self.images_per_step = self.draws.global_batch
+        if self.ema is not None:
+            self.ema.start(self.trained_parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm here, because Lightning refuses fused optimizers under bf16, where nothing is scaled."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.trained_parameters().values(), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.trained_parameters())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.draws.reseed_layers(self.global_step, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state()
+            checkpoint["ema_updates"] = self.ema.updates
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None:
+            self.ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+
+
+def stepped(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch ended an optimizer step; epochs are whole numbers of steps."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -1,0 +1,69 @@
+"""Randomness as a function of (seed, purpose, optimizer step, position in the global batch).
+
+Never of rank, micro-batch or what was drawn before: a resumed run is the uninterrupted one, and two processes are one
+process accumulating two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit seed for a key of integers and words, the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def normal(shape: Sequence[int], seed: int, purpose: str, step: int, positions: Sequence[int]) -> Tensor:
+    """Standard normal float32 on the CPU, (len(positions), *shape); one generator a sample."""
+    out = torch.empty((len(positions), *shape))
+    for row, position in zip(out, positions, strict=True):
+        row.normal_(generator=generator(seed, purpose, step, position))
+    return out
+
+
+def uniform(seed: int, purpose: str, step: int, positions: Sequence[int]) -> Tensor:
+    """(k + 0.5)/2^32 in float64: never 0, never 1. (len(positions),)"""
+    draws = [(seed_of(seed, purpose, step, p) % 2**32 + 0.5) / 2**32 for p in positions]
+    return torch.tensor(draws, dtype=torch.float64)
+
+
+def stratified(seed: int, purpose: str, step: int, positions: Sequence[int], total: int) -> Tensor:
+    """One draw in each of `total` equal strata of (0, 1), dealt to the positions by a permutation of this step."""
+    permutation = torch.randperm(total, generator=generator(seed, purpose, "strata", step))
+    offset = uniform(seed, purpose, step, [-1])
+    return (permutation[list(positions)].double() + offset) / total
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which samples of the global batch this process sees, and random numbers for them."""
+
+    seed: int
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.accumulate * self.world_size
+
+    def positions(self, batch_index: int, n: int) -> list[int]:
+        """Positions in the global batch of a micro-batch of n samples."""
+        first = ((batch_index % self.accumulate) * self.world_size + self.rank) * self.batch_size
+        return list(range(first, first + n))
+
+    def reseed_layers(self, step: int, batch_index: int) -> None:
+        """Seeds torch's global generator, which only dropout layers use."""
+        torch.manual_seed(seed_of(self.seed, "layers", step, batch_index % self.accumulate, self.rank))

@@ -1,0 +1,200 @@
+"""One training run: from a checked configuration and opened data to a finished run directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.build import build
+from ldm.config import digest
+from ldm.data.datamodule import ShardDataModule
+from ldm.errors import ConfigError
+from ldm.text.tokenizer import build_tokenizer
+from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
+from ldm.training.callbacks.saving import Checkpoints
+from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_manifest
+from ldm.training.logging import RunLogger
+from ldm.training.run_directory import RunDirectory
+
+# What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
+IDENTITY = {
+    "autoencoder": ("module", "autoencoder", "kl_weight", "optimizer", "lr_scheduler", "ema", "seed"),
+    "latent_diffusion": (
+        *("module", "model", "autoencoder", "text_encoder", "scheduler", "parameterization", "weighting", "times"),
+        *("caption_dropout", "noises_per_image", "optimizer", "lr_scheduler", "ema", "seed"),
+    ),
+}
+
+
+@dataclass
+class Finished:
+    """Where a run stands after `train_run`."""
+
+    path: Path
+    step: int
+    trained: bool  # False: it was finished before
+    metrics: dict[str, float]
+
+
+def train_run(config: dict[str, Any], path_of: Any) -> Finished:
+    """Trains what `config` describes until max_steps; goes on where it stopped; does nothing when it is done.
+
+    config: resolved, plain. path_of: (digest) -> run directory, so that the name may hold the digest.
+    """
+    config = copy.deepcopy(config)
+    data = _open_data(config)
+    start = _starting_checkpoint(config, data)
+    tokenizer = None
+    if config["module"] == "latent_diffusion" and "vocab_size" in config["text_encoder"]:
+        tokenizer = build_tokenizer(data.captions(), config["text_encoder"]["vocab_size"])
+        config["text_encoder"]["vocab_size"] = len(tokenizer)
+    identity = _identity(config, data, start)
+    directory = RunDirectory(path_of(digest(identity)), config, identity)
+    done = directory.status()
+    if done.get("state") == "finished" and done["step"] >= config["max_steps"]:
+        _check_same(directory, identity)
+        return Finished(directory.path, done["step"], False, done.get("metrics", {}))
+    torch.manual_seed(weight_seed(config))
+    parts = build_parts(config)
+    if tokenizer is not None and parts.text_encoder is not None:
+        parts.text_encoder.set_tokenizer(tokenizer)
+    _fill_from_checkpoints(parts, start, config)
+    return _fit(config, data, parts, directory)
+
+
+def _open_data(config: dict[str, Any]) -> ShardDataModule:
+    """The datamodule, and an image size where none was given: the one that prepare recommends."""
+    node = config["data"]
+    node["image_size"] = node["image_size"] or 1  # not known before the shards are open
+    data = build(node, "data")
+    data.setup()
+    size = config["image_size"] or data.facts.get("image_size")
+    if size is None:
+        raise ConfigError(f"image_size= is not known: {config['shards']} does not say it; type image_size=256, say.")
+    config["image_size"] = node["image_size"] = data.image_size = size
+    if config["module"] == "autoencoder" and data.kind == "latent":
+        raise ConfigError(f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards.")
+    return data
+
+
+def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[str, Path]:
+    """Checkpoint folders to start from: the one given, and the autoencoder that made the latents."""
+    start = {}
+    if config["module"] == "latent_diffusion" and data.kind == "latent":
+        start["latents"] = find(Path(config["shards"]) / "autoencoder")
+    if config["checkpoint"]:
+        start["given"] = find(config["checkpoint"])
+    if config["module"] == "latent_diffusion" and not start:
+        raise ConfigError(
+            "latent diffusion needs a trained autoencoder: give checkpoint=RUN (of module=autoencoder), or shards= of "
+            "latents that task=encode wrote."
+        )
+    return start
+
+
+def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Path]) -> dict[str, Any]:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    reading = {k: config["data"][k] for k in ("image_size", "crop", "flip", "train_samples", "mode", "shuffle")}
+    return {
+        **{k: config[k] for k in IDENTITY[config["module"]]},
+        "global_batch": config["batch_size"] * config["accumulate"] * world,
+        "data": {"fingerprint": data.fingerprint, **reading},
+        "precision": config["trainer"].get("precision"),
+        "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
+        "start": {k: digest(read_manifest(v)["files"]) for k, v in start.items()},
+        "start_weights": config["weights"] if "given" in start else None,
+    }
+
+
+def _check_same(directory: RunDirectory, identity: dict[str, Any]) -> None:
+    directory.identity = identity
+    directory._check_identity()
+
+
+def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> None:
+    for kind, folder in start.items():
+        states = load_parts(folder, config["weights"])
+        if kind == "latents":
+            states = {"vae": states["vae"]}
+        elif "latents" in start and "vae" in states:
+            _check_same_autoencoder(start["latents"], folder)
+        fill_parts(parts, states, folder)
+
+
+def _check_same_autoencoder(latents: Path, given: Path) -> None:
+    """Latents are only good with the autoencoder that made them."""
+    ours, theirs = (read_manifest(f)["files"]["vae.safetensors"]["sha256"] for f in (latents, given))
+    if ours != theirs:
+        raise ConfigError(
+            f"checkpoint={given} holds another autoencoder than the one that encoded these latents: encode them again "
+            f"with task=encode checkpoint={given}, or start from a checkpoint trained on them."
+        )
+
+
+def _fit(config: dict[str, Any], data: ShardDataModule, parts: Parts, directory: RunDirectory) -> Finished:
+    module = build_module(config, parts)
+    first = int(os.environ.get("RANK", 0)) == 0
+    trainer_node = _launched(dict(config["trainer"]))
+    callbacks = [c for c in (build(node, "callbacks") for node in (config["callbacks"] or {}).values()) if c]
+    if first:
+        directory.open()
+    previous = newest(directory.path, lambda text: print(f"warning: {text}", flush=True))
+    for callback in callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.directory = directory.checkpoints
+    io = FolderCheckpointIO(
+        module.parts,
+        module.trained_parts,
+        yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        getattr(parts.text_encoder, "save_tokenizer", None),
+        previous,
+    )
+    images_per_step = config["batch_size"] * config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))
+    loggers: list[Any] = [RunLogger(directory.path, images_per_step)] if first else []
+    if first and config["logger"]:
+        extra = {"directory": directory.path, "config": config, "images_per_step": images_per_step}
+        loggers.append(build(config["logger"], "logger", **extra))
+    trainer = build(trainer_node, "trainer", callbacks=callbacks, logger=loggers, plugins=[io])
+    step = read_manifest(previous)["step"] if previous else 0
+    if first:
+        loggers[0].forget_after(step)
+        directory.event("resume" if previous else "start", step=step)
+        directory.set_status("running", step)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(previous) if previous else None)
+    except BaseException as error:
+        if first:
+            directory.set_status("stopped", trainer.global_step, reason=f"{type(error).__name__}: {error}"[:500])
+            directory.event("stop", step=trainer.global_step, reason=type(error).__name__)
+        raise
+    finally:
+        directory.close()
+    metrics = last_metrics(directory.path / "metrics.jsonl")
+    if first:
+        directory.set_status("finished", trainer.global_step, metrics=metrics)
+        directory.event("finish", step=trainer.global_step)
+    return Finished(directory.path, trainer.global_step, True, metrics)
+
+
+def _launched(node: dict[str, Any]) -> dict[str, Any]:
+    """Under torchrun the number of processes is torchrun's; Lightning is told so."""
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local and world:
+        node["devices"], node["num_nodes"] = int(local), int(world) // int(local)
+    return node
+
+
+def last_metrics(file: Path) -> dict[str, float]:
+    """The last value of every scalar in a metrics.jsonl."""
+    latest: dict[str, float] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        latest.update({k: v for k, v in json.loads(line).items() if k not in ("step", "time", "images")})
+    return latest
+

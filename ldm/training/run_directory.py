@@ -1,0 +1,138 @@
+"""The directory of one run: who it is, how it stands, what happened."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.config import digest
+from ldm.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} when it is not there or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """In one rename, so that a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, default=str))
+    os.replace(part, path)
+
+
+class RunDirectory:
+    """One run's directory. `identity` is what decides its results: a directory of another one is refused."""
+
+    def __init__(self, path: Path, config: dict[str, Any], identity: dict[str, Any]):
+        self.path, self.config, self.identity = path, config, identity
+        self._lock: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def status(self) -> dict[str, Any]:
+        return read_json(self.path / "status.json")
+
+    def open(self) -> None:
+        """Creates or re-opens the directory, locks it, and writes config.yaml and run.json."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path} ({error.strerror}): give another outputs= folder.") from error
+        self._check_identity()
+        (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        write_json(self.path / "run.json", {"identity": self.identity, "digest": digest(self.identity), **provenance()})
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def set_status(self, state: str, step: int, **more: Any) -> None:
+        write_json(self.path / "status.json", {"state": state, "step": step, "time": time.time(), **more})
+
+    def event(self, kind: str, **more: Any) -> None:
+        line = json.dumps({"time": time.time(), "event": kind, **more}, default=str)
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            raise ConfigError(
+                f"{self.path} is in use by {holder or 'another process'}: wait for it, or give another name=."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def _check_identity(self) -> None:
+        before = read_json(self.path / "run.json").get("identity")
+        if before is None:
+            return
+        changed = differences(before, json.loads(json.dumps(self.identity, default=str)))
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed[:3])}): "
+                "give another name=, or delete the directory."
+            )
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """'key: old -> new' for everything in which two plain trees differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        out = []
+        for key in sorted(before.keys() | after.keys()):
+            out += differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+        return out
+    return [] if before == after else [f"{path}: {before} -> {after}"]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit, command line and hardware: what a reader needs to believe a number."""
+    from importlib.metadata import version
+
+    packages = ("torch", "lightning", "hydra-core", "transformers", "webdataset", "wandb")
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "hardware": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None
