@@ -164,7 +164,8 @@ class ShardDataModule(L.LightningDataModule):
             DecodeImage(self.image_size),
             CropImage(self.image_size, self.crop, self.flip, self.seed),
         ]
-        return StreamLoader(self.shards, stages, geometry, self.epoch_samples, self.seed, max_bad=self.max_bad)
+        size = self.epoch_samples
+        return StreamLoader(self.shards, stages, geometry, size, self.seed, max_bad=self.max_bad, threads=self.threads)
 
     def _validation(self) -> Shards | None:
         """A stream knows no held-out share: it has none."""

@@ -11,6 +11,7 @@ from braceexpand import braceexpand
 from ldm.data.plan import Geometry
 from ldm.data.samples import Bad, Errors, Stage, careful, collate
 from ldm.data.shards import find_tars
+from ldm.data.threads import in_order
 from ldm.errors import ConfigError
 
 # webdataset hands addresses to a shell (curl): only what no shell reads as anything else may pass
@@ -33,9 +34,10 @@ class StreamLoader:
         seed: int = 0,
         buffer: int = 2000,
         max_bad: int | None = None,
+        threads: int = 2,
     ) -> None:
         self.urls, self.stages, self.geometry = addresses(shards), [careful(s) for s in stages], geometry
-        self.epoch_samples, self.seed, self.buffer = epoch_samples, seed, buffer
+        self.epoch_samples, self.seed, self.buffer, self.threads = epoch_samples, seed, buffer, threads
         self.errors = Errors(epoch_samples, max_bad)
         self.epoch, self.done, self._fresh = 0, 0, True
 
@@ -53,30 +55,34 @@ class StreamLoader:
             yield batch
 
     def _good(self, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
-        """This rank's samples without end: blocks of a batch are dealt to the ranks in turn."""
+        """This rank's usable samples without end, decoded by threads."""
+        ahead = 2 * self.geometry.batch_size
+        for row in in_order(self._decoded, self._mine(epoch, skip), self.threads, ahead):
+            self.errors.saw(1)
+            if isinstance(row, Bad):
+                self.errors.add(row)
+            else:
+                yield row
+
+    def _decoded(self, raw: dict[str, Any]) -> Any:
+        row: Any = raw
+        for stage in self.stages:
+            row = stage(row)
+        return row
+
+    def _mine(self, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
+        """This rank's raw samples: the stream's blocks of a batch are dealt to the ranks in turn."""
         turn, count, repeat = 0, 0, 0
         while True:
-            start = count
+            start = turn
             for raw in self._raw(epoch, repeat):
                 mine = turn // self.geometry.batch_size % self.geometry.world_size == self.geometry.rank
-                turn += 1
-                if not mine:
-                    continue
-                count += 1
-                if count <= skip:
-                    continue
-                self.errors.saw(1)
-                raw.update(__index__=turn - 1, __epoch__=epoch)
-                row: Any = raw
-                for stage in self.stages:
-                    row = stage(row)
-                if isinstance(row, Bad):
-                    self.errors.add(row)
-                else:
-                    yield row
+                turn, count = turn + 1, count + mine
+                if mine and count > skip:
+                    yield raw | {"__index__": turn - 1, "__epoch__": epoch}
             repeat += 1
-            if count == start:
-                raise ConfigError(f"{self.urls[0]} and the others hold no samples for rank {self.geometry.rank}.")
+            if turn == start:
+                raise ConfigError(f"{self.urls[0]} and the others hold no samples. Give `shards=` another path.")
 
     def _raw(self, epoch: int, repeat: int) -> Iterator[dict[str, Any]]:
         text = f"stream {self.seed} {epoch} {repeat}".encode()
