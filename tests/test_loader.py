@@ -253,7 +253,7 @@ def test_replacements_do_not_depend_on_ranks(tmp_path: Path):
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path):
     path = dataset(tmp_path / "d", 40, {i: {"png": encoded(Image.new("L", (8, 8)))} for i in range(12)})
-    with pytest.raises(ConfigError, match=r"no caption: 11.*present: png"):
+    with pytest.raises(ConfigError, match=r"no caption: 1[12].*present: png"):
         for _ in range(2):
             list(loader(path))
     with pytest.raises(ConfigError, match=r"\d+ bad samples of \d+ seen, 0 allowed"):
