@@ -66,8 +66,8 @@ def test_a_mixed_folder_becomes_samples_and_named_rejects(folder: Path, tmp_path
     (batch,) = data.train_dataloader()
     assert batch["image"].shape == (10, 3, 32, 32) and len(data.train_dataloader().batches.errors.counts) == 0
     assert {"un café, señor", "a caption of web, p=1"} < set(batch["caption"])
-    assert data.facts["recommended_image_size"] == 32 == written.facts["recommended_image_size"]
-    assert data.facts["longest_caption_words"] == 5 and data.facts["median_side"] == 30
+    assert data.facts["image_size"] == 32 == written.facts["image_size"]
+    assert data.facts["caption_words"] == 5 and data.facts["median_side"] == 30
 
 
 def test_pictures_keep_their_bytes_where_the_format_allows(folder: Path):

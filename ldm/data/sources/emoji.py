@@ -58,8 +58,8 @@ class EmojiSource:
             next(iter(self))
         return {
             "samples": self._count,
-            "recommended_image_size": self.image_size,
-            "longest_caption_words": self._words,
+            "image_size": self.image_size,
+            "caption_words": self._words,
         }
 
     def identity(self) -> dict[str, Any]:

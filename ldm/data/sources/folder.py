@@ -89,8 +89,8 @@ class FolderSource:
             "shortest_side": shorter[0],
             "median_side": median,
             "longest_side": max(max(side) for side in self._sides),
-            "recommended_image_size": max(fitting, default=SIZES[0]),
-            "longest_caption_words": self._words,
+            "image_size": max(fitting, default=SIZES[0]),
+            "caption_words": self._words,
         }
 
     def identity(self) -> dict[str, Any]:
