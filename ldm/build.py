@@ -46,7 +46,7 @@ def build(node: Any, path: str = "config", **kwargs: Any) -> Any:
 
     Raises ConfigError for targets outside the allow-list and whatever ConfigError the object's constructor raises.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not plain:
         return None
     check_targets(plain, path)

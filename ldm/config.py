@@ -156,9 +156,7 @@ def check(config: DictConfig) -> None:
             problems.append(f"{name}={config[name]}: must be at least 1.")
     if not 0 <= config.caption_dropout <= 1:
         problems.append(f"caption_dropout={config.caption_dropout}: must lie in [0, 1].")
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    for name, node in plain.items():
+    for name, node in plain(config).items():
         if isinstance(node, Mapping):
             problems += check_node(str(name), node)
     if problems:
@@ -179,11 +177,12 @@ def check_node(path: str, node: Mapping[str, Any]) -> list[str]:
         return problems
     target = locate(node["_target_"], path)
     parameters = inspect.signature(target).parameters
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = _type_hints(target)
     for name, value in node.items():
         if name.startswith("_") and name.endswith("_"):
             continue
-        if name not in parameters:
+        if name not in parameters and not takes_more:
             problems.append(f"{path}.{name}: {node['_target_']} has no such argument.{nearest(name, list(parameters))}")
         elif not fits(value, hints.get(name, Any)):
             problems.append(f"{path}.{name}={value!r}: expected {_show(hints[name])}.")
@@ -205,9 +204,7 @@ def locate(target: str, path: str) -> Callable[..., Any]:
     try:
         return get_object(target)
     except Exception as error:
-        raise ConfigError(
-            f"{path}._target_={target}: there is no such class or function ({_cause(error)})."
-        ) from error
+        raise ConfigError(f"{path}._target_={target}: there is no such class or function ({_cause(error)}).") from error
 
 
 def fits(value: Any, hint: Any) -> bool:

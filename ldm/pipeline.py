@@ -33,10 +33,12 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, weights: str = "ema") -> Pipeline:
-        """From a run directory (its newest checkpoint) or one of its checkpoint folders. ConfigError when it is not one."""
+        """From a run directory (its newest checkpoint) or a checkpoint folder; ConfigError when it is neither."""
         parts, config, folder = load_trained(path, weights)
         if parts.denoiser is None or parts.text_encoder is None:
-            raise ConfigError(f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion.")
+            raise ConfigError(
+                f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion."
+            )
         for module in (parts.autoencoder, parts.text_encoder, parts.denoiser.model):
             assert isinstance(module, torch.nn.Module)
             module.eval().requires_grad_(False)
@@ -104,5 +106,7 @@ def _solver(sampler: str | Path | Solver | None) -> Solver | None:
     path = given if given.suffix in (".yaml", ".yml") else folder / f"{sampler}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ConfigError(f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} {', '.join(names)}.")
+        raise ConfigError(
+            f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} {', '.join(names)}."
+        )
     return build(yaml.safe_load(path.read_text()), "sampler")

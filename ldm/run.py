@@ -57,8 +57,7 @@ def job(config: DictConfig) -> Any:
 
     from ldm.tasks.arms import record
 
-    logging.getLogger("lightning.pytorch").handlers.clear()  # else every line is printed twice
-    logging.getLogger("lightning.fabric").handlers.clear()
+    _quiet()
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
@@ -72,6 +71,18 @@ def job(config: DictConfig) -> Any:
         return None
     record(sweep, overrides, "finished", metrics, "")
     return metrics.get(config.optimized_metric) if config.optimized_metric else None
+
+
+def _quiet() -> None:
+    """Silences what says nothing about this run: advertisements, and a deprecation inside Lightning itself."""
+    import warnings
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()  # else every line is printed twice
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")  # the frozen parts, on purpose
 
 
 def _perform(config: DictConfig, choices: dict[str, Any], overrides: list[str], sweep: Path | None) -> dict[str, float]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.autoencoders.kl import AutoencoderKL
+from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.guidance import ClassifierFree
@@ -16,6 +17,7 @@ from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
 from ldm.pictures import Frame
+from ldm.text.encoder import TextEncoder
 
 DECODED_AT_ONCE = 2**22  # pixels: larger batches are decoded in slices, so that memory does not grow with them
 
@@ -57,7 +59,7 @@ class Request:
 class Sampler:
     """A denoiser between a text encoder and an autoencoder."""
 
-    def __init__(self, denoiser: Denoiser, autoencoder: AutoencoderKL, text_encoder: nn.Module):
+    def __init__(self, denoiser: Denoiser, autoencoder: AutoencoderKL, text_encoder: TextEncoder):
         self.denoiser, self.autoencoder, self.text_encoder = denoiser, autoencoder, text_encoder
 
     @torch.no_grad()
@@ -70,16 +72,14 @@ class Sampler:
         solver = request.solver or own_solver(self.denoiser.scheduler)
         levels = solver.levels(self.denoiser.scheduler, request.num_steps, request.spacing)
         cond = self.text_encoder.encode(list(request.prompts)).to(device)
-        reference = None
+        reference: Condition | None = None
         if request.guidance > 1 and cond.context is not None:
             reference = self.text_encoder.encode(list(request.negative_prompts or [""] * n)).to(device)
         denoise = request.guider(self.denoiser, cond, reference, request.guidance)
         channels, factor = len(self.autoencoder.latents.mean), self.autoencoder.factor
         shape = (n, channels, request.height // factor, request.width // factor)
         x = levels.start * noise.draw(shape).to(device)
-        for step in solver(denoise, levels, x, noise):
-            # Consumers may replace x_next while this generator is suspended, with gradients on or off.
-            yield step
+        yield from solver(denoise, levels, x, noise)
 
     def sample(self, request: Request) -> Tensor:
         """(B,3,H,W) float32 in [-1, 1]."""

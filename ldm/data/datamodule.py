@@ -28,7 +28,7 @@ class ShardDataModule(L.LightningDataModule):
     def __init__(
         self,
         shards: str | None,
-        image_size: int,
+        image_size: int | None,  # None: what prepare found out
         batch_size: int,  # per rank and micro-batch
         accumulate: int = 1,
         seed: int = 0,
@@ -50,9 +50,10 @@ class ShardDataModule(L.LightningDataModule):
         if mode not in ("index", "stream"):
             raise ConfigError(f"data.mode={mode}: there is index and stream.")
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("image_size", image_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: at least 1.")
-        self.shards, self.image_size, self.batch_size, self.accumulate = shards, image_size, batch_size, accumulate
+        self.shards, self.batch_size, self.accumulate = shards, batch_size, accumulate
+        self._image_size = image_size
         self.seed, self.threads, self.prefetch, self.mode = seed, threads, prefetch, mode
         self.crop, self.flip, self.shuffle, self.max_bad, self.resume = crop, flip, shuffle, max_bad, resume
         self.validation_fraction, self.validation_samples = validation_fraction, validation_samples
@@ -79,6 +80,14 @@ class ShardDataModule(L.LightningDataModule):
         """Open what will be read, so that a wrong path stops the run before anything is built."""
         if self.mode == "index":
             self.split("train")
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side: as given, or what prepare found out."""
+        size = self._image_size or (self.facts.get("image_size") if self.mode == "index" else None)
+        if size is None:
+            raise ConfigError(f"{self.shards} does not say its image size: type image_size=256, say.")
+        return int(size)
 
     @property
     def fingerprint(self) -> str:

@@ -25,7 +25,7 @@ class ClassifierFree:
         self.rescale = rescale
         self.interval = interval
 
-    def __call__(self, denoiser: Denoiser, cond: Condition, reference: Condition, scale: float) -> Guided:
+    def __call__(self, denoiser: Denoiser, cond: Condition, reference: Condition | None, scale: float) -> Guided:
         """A guided denoiser for one sampling run; `reference` is the empty or the negative prompt."""
         return Guided(denoiser, cond, reference, scale, self.rescale, self.interval)
 

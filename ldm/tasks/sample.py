@@ -57,7 +57,7 @@ def _prompts(config: DictConfig) -> list[str]:
 
 
 def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
-    seed = OmegaConf.to_container(config.seed) if OmegaConf.is_list(config.seed) else config.seed
+    seed: Any = OmegaConf.to_container(config.seed) if OmegaConf.is_list(config.seed) else config.seed
     request = pipe.request(
         prompts,
         config.negative_prompt,

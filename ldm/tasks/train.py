@@ -57,7 +57,9 @@ class Stages:
         self.found: dict[str, Any] = {}  # keys that earlier stages pass on
         unknown = [s for s in config.stages if s not in STAGES]
         if unknown:
-            raise ConfigError(f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}.")
+            raise ConfigError(
+                f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}."
+            )
         for stage in config.stages:
             check(self.configured(stage))
 

@@ -14,6 +14,7 @@ from ldm.autoencoders.kl import AutoencoderKL
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
+from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.checkpoints import State, find, load_parts
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -32,7 +33,7 @@ class Parts:
 
     autoencoder: AutoencoderKL
     denoiser: Denoiser | None = None
-    text_encoder: nn.Module | None = None
+    text_encoder: TextEncoder | None = None
 
 
 def build_parts(config: Config, tokenizer: Path | None = None) -> Parts:
@@ -40,7 +41,8 @@ def build_parts(config: Config, tokenizer: Path | None = None) -> Parts:
     autoencoder = build(config["autoencoder"], "autoencoder")
     if config["module"] == "autoencoder":
         return Parts(autoencoder)
-    scheduler, parameterization = build(config["scheduler"], "scheduler"), build_parameterization(config)
+    scheduler = build(config["scheduler"], "scheduler")
+    parameterization = build(config["parameterization"], "parameterization")
     parameterization.check(scheduler)
     text_encoder = build(config["text_encoder"], "text_encoder")
     if tokenizer is not None:
@@ -50,11 +52,7 @@ def build_parts(config: Config, tokenizer: Path | None = None) -> Parts:
     return Parts(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder)
 
 
-def build_parameterization(config: Config) -> Any:
-    return build(config["parameterization"], "parameterization")
-
-
-def _check_widths(model: Config, text_encoder: nn.Module, latent_channels: int) -> None:
+def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int) -> None:
     wanted, given = model.get("cross_attention_dim", 768), text_encoder.context_dim
     if wanted != given:
         raise ConfigError(

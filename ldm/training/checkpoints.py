@@ -1,7 +1,7 @@
 """Checkpoint folders: written whole or not at all, and enough to rebuild the module without anything else.
 
-    step-00001000/  unet.safetensors  unet.ema.safetensors  vae.safetensors  text_encoder.safetensors ...
-                    tokenizer/  state.pt  config.yaml  manifest.json
+step-00001000/  unet.safetensors  unet.ema.safetensors  vae.safetensors  text_encoder.safetensors ...
+                tokenizer/  state.pt  config.yaml  manifest.json
 """
 
 from __future__ import annotations

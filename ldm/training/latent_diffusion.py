@@ -16,6 +16,7 @@ from ldm.diffusion.levels import right_pad
 from ldm.diffusion.loss import Weighting, diffusion_loss
 from ldm.diffusion.times import Uniform
 from ldm.pictures import curve
+from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import to_unit
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, normal, stratified, uniform
@@ -33,7 +34,7 @@ class LatentDiffusion(TrainedModule):
         self,
         denoiser: Denoiser,
         autoencoder: AutoencoderKL,  # frozen
-        text_encoder: nn.Module,  # trained where it says so itself
+        text_encoder: TextEncoder,  # trained where it says so itself
         weighting: Weighting,
         times: Uniform,
         recipe: Recipe,

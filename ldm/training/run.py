@@ -16,6 +16,7 @@ from ldm.build import build
 from ldm.config import digest
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
+from ldm.text.encoder import CLIPTokenized
 from ldm.text.tokenizer import build_tokenizer
 from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
 from ldm.training.callbacks.saving import Checkpoints
@@ -63,24 +64,21 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         return Finished(directory.path, done["step"], False, done.get("metrics", {}))
     torch.manual_seed(weight_seed(config))
     parts = build_parts(config)
-    if tokenizer is not None and parts.text_encoder is not None:
+    if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
         parts.text_encoder.set_tokenizer(tokenizer)
     _fill_from_checkpoints(parts, start, config)
     return _fit(config, data, parts, directory)
 
 
 def _open_data(config: dict[str, Any]) -> ShardDataModule:
-    """The datamodule, and an image size where none was given: the one that prepare recommends."""
-    node = config["data"]
-    node["image_size"] = node["image_size"] or 1  # not known before the shards are open
-    data = build(node, "data")
+    """The datamodule; the image size where none was given is the one that prepare found out."""
+    data = build(config["data"], "data")
     data.setup()
-    size = config["image_size"] or data.facts.get("image_size")
-    if size is None:
-        raise ConfigError(f"image_size= is not known: {config['shards']} does not say it; type image_size=256, say.")
-    config["image_size"] = node["image_size"] = data.image_size = size
+    config["image_size"] = config["data"]["image_size"] = data.image_size
     if config["module"] == "autoencoder" and data.kind == "latent":
-        raise ConfigError(f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards.")
+        raise ConfigError(
+            f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards."
+        )
     return data
 
 
@@ -197,4 +195,3 @@ def last_metrics(file: Path) -> dict[str, float]:
     for line in file.read_text().splitlines() if file.is_file() else ():
         latest.update({k: v for k, v in json.loads(line).items() if k not in ("step", "time", "images")})
     return latest
-

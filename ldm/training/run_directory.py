@@ -55,7 +55,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
-            raise ConfigError(f"cannot write to {self.path} ({error.strerror}): give another outputs= folder.") from error
+            raise ConfigError(
+                f"cannot write to {self.path} ({error.strerror}): give another outputs= folder."
+            ) from error
         self._check_identity()
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "run.json", {"identity": self.identity, "digest": digest(self.identity), **provenance()})

@@ -1,0 +1,112 @@
+"""A file imports only from its own room and from rooms above it; third parties only where design allows them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Rooms from the ground up; a module belongs to the longest prefix that fits it.
+ROOMS = [
+    "ldm.errors",
+    "ldm.diffusion",
+    "ldm.models",
+    "ldm.autoencoders",
+    "ldm.text",
+    "ldm.pictures",
+    "ldm.sampling",
+    "ldm.data",
+    "ldm.metrics",
+    "ldm.config",
+    "ldm.build",
+    "ldm.training",
+    "ldm.pipeline",
+    "ldm.analysis",
+    "ldm.report",
+    "ldm.tasks",
+    "ldm.explain",
+    "ldm.help",
+    "ldm.run",
+]
+ONLY_IN = {  # third party -> rooms that may import it
+    "hydra": ("ldm.config", "ldm.build", "ldm.explain", "ldm.run", "ldm.tasks"),
+    "omegaconf": ("ldm.config", "ldm.build", "ldm.explain", "ldm.run", "ldm.tasks"),
+    "lightning": ("ldm.training", "ldm.data"),
+    "webdataset": ("ldm.data",),
+    "transformers": ("ldm.text",),
+    "torchmetrics": ("ldm.metrics", "ldm.tasks"),
+    "wandb": ("ldm.training.wandb_mirror",),
+    "pandas": ("ldm.analysis", "ldm.data"),
+    "diffusers": (),
+    "torchvision": (),
+}
+FILES = sorted((ROOT / "ldm").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            found.append(node.module)
+    return found
+
+
+def room(name: str) -> int:
+    fits = [i for i, r in enumerate(ROOMS) if name == r or name.startswith(r + ".")]
+    assert fits, f"{name} is in no room: add it to ROOMS where it belongs"
+    return fits[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_upwards(path):
+    name = module_name(path)
+    if name == "ldm":
+        return
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        if top == "ldm" and imported != "ldm":
+            assert room(imported) <= room(name), f"{name} imports {imported}, which stands below it"
+        elif top in ONLY_IN:
+            allowed = ONLY_IN[top]
+            assert any(name == a or name.startswith(a + ".") for a in allowed), f"{name} may not import {top}"
+
+
+def test_the_core_needs_torch_only():
+    known = {"torch", "ldm", "scipy"}
+    import sys
+
+    for path in (ROOT / "ldm/diffusion").rglob("*.py"):
+        tops = {i.split(".")[0] for i in imports(path)}
+        assert not tops - known - set(sys.stdlib_module_names), path
+
+
+def test_files_are_short():
+    long = {module_name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 350}
+    assert not long
+
+
+def test_no_code_is_run_from_files():
+    for path in FILES:
+        text = path.read_text()
+        for forbidden in ("weights_only=False", "allow_pickle=True", "import pickle", "eval(", "exec("):
+            if forbidden in ("eval(", "exec("):
+                assert f" {forbidden}" not in text.replace(".eval(", ""), f"{path}: {forbidden}"
+            else:
+                assert forbidden not in text, f"{path}: {forbidden}"
+
+
+def test_the_top_level_is_what_was_agreed():
+    agreed = {"conf", "ldm", "experiments", "tests", "notebooks", "pyproject.toml", "README.md", "constraints.txt"}
+    agreed |= {"CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"}
+    import subprocess
+
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tops = {f.split("/")[0] for f in files}
+    assert {t for t in tops if not t.startswith(".")} <= agreed
