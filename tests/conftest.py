@@ -13,5 +13,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a real run of every stage (tiny_run.COMMAND), made once a session. Read it, never write in it."""
+    """The directory of a real run of every stage (tiny_run.COMMAND), made once a session. Never write in it."""
     return make_tiny_run(tmp_path_factory.mktemp("tiny_run"))
