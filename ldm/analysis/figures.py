@@ -1,0 +1,132 @@
+"""Figures of runs. Each returns a matplotlib Figure of its own: no pyplot, no state, `figure.savefig(path)` works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ldm.analysis.run import Run
+from ldm.errors import ConfigError
+
+CURVES = 6  # steps shown in one picture
+
+
+def plot_loss(runs: Run | str | Sequence[Run | str], smooth: float = 0.0) -> Figure:
+    """Training loss (line) and validation loss (dots, one standard error) against the images seen.
+
+    smooth: half-life, in logged points, of the average drawn over the training loss; 0 draws it as logged.
+
+    >>> plot_loss([Run("outputs/eps"), Run("outputs/v")], smooth=10)
+    """
+    figure, (axes,) = _figure(1)
+    for i, run in enumerate(_as_runs(runs)):
+        _plot_one_loss(axes, run, f"C{i}", smooth)
+    if not axes.lines:
+        raise ConfigError("none of these runs has logged a loss yet: see Run(path).metrics.")
+    axes.set(xlabel="images seen", ylabel="loss")
+    axes.legend()
+    return figure
+
+
+def plot_loss_by_t(run: Run | str) -> Figure:
+    """The loss against time, one curve a step, dark early and bright late: training left, validation right.
+
+    Training times are drawn at random, so a training curve is the mean over the steps since the curve before it.
+
+    >>> plot_loss_by_t(Run("outputs/mine")).savefig("loss_by_t.png")
+    """
+    (run,) = _as_runs(run)
+    frame = run.loss_by_t()
+    splits = [s for s in ("train", "val") if s in set(frame["split"])]
+    if not splits:
+        raise ConfigError(f"{run.path} has no loss by time: only runs with module=latent_diffusion log it.")
+    figure, every = _figure(len(splits))
+    tables = [frame[frame["split"] == s].pivot(index="step", columns="t", values="loss") for s in splits]
+    colour = _colour_of_steps(frame)
+    for axes, split, table in zip(every, splits, tables, strict=True):
+        _curves(axes, _windows(table) if split == "train" else _chosen(table), colour)
+        axes.set(title={"train": "training", "val": "validation"}[split], xlabel="t  (0 data, 1 noise)", ylabel="loss")
+        axes.set_xlim(0, 1)
+    figure.colorbar(colour, ax=every, label="step")
+    return figure
+
+
+def plot_x0_error(run: Run | str) -> Figure:
+    """The squared error of the jump to x0 against sigma/alpha, one curve a step, dark early and bright late.
+
+    Dashed: the best guess for latents that are plain Gaussian noise of variance 1, r^2/(1 + r^2) at r = sigma/alpha.
+    What a model does better than that it knows about pictures.
+
+    >>> plot_x0_error(Run("outputs/mine"))
+    """
+    (run,) = _as_runs(run)
+    frame = run.x0_error()
+    if frame.empty:
+        raise ConfigError(f"{run.path} has no x0 error: only the validation of module=latent_diffusion measures it.")
+    figure, (axes,) = _figure(1)
+    colour = _colour_of_steps(frame)
+    _curves(axes, _chosen(frame.pivot(index="step", columns="sigma", values="x0_error")), colour)
+    r = np.geomspace(frame["sigma"].min(), frame["sigma"].max(), 100)
+    axes.plot(r, r**2 / (1 + r**2), "--", color="grey", label="Gaussian guess")
+    axes.set(xscale="log", yscale="log", xlabel="sigma / alpha", ylabel="squared error of the jump to x0")
+    axes.legend()
+    figure.colorbar(colour, ax=axes, label="step")
+    return figure
+
+
+def _as_runs(runs: Run | str | Sequence[Run | str]) -> list[Run]:
+    several = [runs] if isinstance(runs, str) or not isinstance(runs, Sequence) else runs
+    return [run if isinstance(run, Run) else Run(run) for run in several]
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(1.5 + 5 * panels, 3.8), dpi=100, layout="constrained")
+    every = figure.subplots(1, panels, sharey=True, squeeze=False)[0].tolist()
+    for axes in every:
+        axes.grid(alpha=0.3)
+    return figure, every
+
+
+def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: float) -> None:
+    metrics = run.metrics
+    if "train/loss" in metrics:
+        train = metrics.dropna(subset=["train/loss"])
+        loss = train["train/loss"]
+        if smooth > 0:
+            axes.plot(train["images"], loss, color=colour, alpha=0.25)
+            loss = loss.ewm(halflife=smooth).mean()
+        axes.plot(train["images"], loss, color=colour, label=f"{run.name}, training")
+    if "val/loss" in metrics:
+        val = metrics.dropna(subset=["val/loss"])
+        error = val.get("val/loss_standard_error")
+        style = {"fmt": "o--", "markersize": 4, "capsize": 2, "label": f"{run.name}, validation"}
+        axes.errorbar(val["images"], val["val/loss"], error, color=colour, **style)
+
+
+def _chosen(table: pd.DataFrame) -> pd.DataFrame:
+    """Up to CURVES rows of a table of steps, the first and the last among them."""
+    rows = np.unique(np.linspace(0, len(table) - 1, CURVES).round().astype(int))
+    return table.iloc[rows]
+
+
+def _windows(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over up to CURVES equal windows of rows, each named by its last step."""
+    parts = [table.iloc[rows] for rows in np.array_split(np.arange(len(table)), min(CURVES, len(table)))]
+    return pd.DataFrame([part.mean() for part in parts], index=[part.index[-1] for part in parts])
+
+
+def _colour_of_steps(frame: pd.DataFrame) -> ScalarMappable:
+    return ScalarMappable(Normalize(frame["step"].min(), frame["step"].max()), colormaps["viridis"])
+
+
+def _curves(axes: Axes, table: pd.DataFrame, colour: ScalarMappable) -> None:
+    for step, row in zip(table.index.tolist(), table.itertuples(index=False), strict=True):
+        values = pd.Series(row, index=table.columns).dropna()
+        axes.plot(values.index, values, marker="o", markersize=3, color=colour.to_rgba(step), label=f"_step {step}")

@@ -1,0 +1,211 @@
+"""What a run directory holds, as frames, dictionaries and pictures; nothing is written and no network is used."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from PIL import Image
+
+from ldm.errors import ConfigError
+from ldm.training.run_directory import read_json
+from ldm.training.totals import TIME_BINS
+
+Scalars = dict[str, Any]
+
+
+class Run:
+    """One run directory, read when asked.
+
+    >>> run = Run("outputs/quickstart-01b9e4a5-seed0")
+    >>> run.metrics[["step", "train/loss", "val/loss"]]
+    >>> run.picture("samples", step=500)
+    >>> run.stage("autoencoder").scalars()
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not is_run(self.path):
+            raise ConfigError(f"{path} is not a run directory: no config.yaml and run.json there. {nearby(self.path)}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """state (running, stopped, finished), step, time, and the last metrics or the reason."""
+        return read_json(self.path / "status.json")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Identity, versions, git commit, command line and hardware."""
+        return read_json(self.path / "run.json")
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """Starts, resumes, stops and finishes, in order."""
+        return pd.DataFrame(lines(self.path / "events.jsonl"))
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row a step: step, images, time, and every scalar; what was logged last for a step holds."""
+        rows: dict[int, Scalars] = {}
+        for record in lines(self.path / "metrics.jsonl"):
+            rows.setdefault(record["step"], {}).update(record)
+        first = ["step", "images", "time"]
+        names = sorted({k for row in rows.values() for k in row} - set(first), key=_natural)
+        frame = pd.DataFrame([rows[step] for step in sorted(rows)], columns=[*first, *names])
+        return frame.astype({name: float for name in names})
+
+    def scalars(self) -> dict[str, float]:
+        """The last value of every scalar."""
+        frame = self.metrics.drop(columns=["step", "images", "time"])
+        return {name: column.dropna().iloc[-1] for name, column in frame.items() if column.notna().any()}  # type: ignore[misc]
+
+    def loss_by_t(self) -> pd.DataFrame:
+        """The loss by time bin, long: step, split (train, val), bin, t (middle of the bin), loss."""
+        parts = [self._by_t(f"{split}/loss_by_t", "loss").assign(split=split) for split in ("train", "val")]
+        return pd.concat(parts, ignore_index=True)[["step", "split", "bin", "t", "loss"]]
+
+    def x0_error(self) -> pd.DataFrame:
+        """The squared error of the jump to x0 in validation, long: step, bin, t, sigma (sigma/alpha), x0_error."""
+        frame = self._by_t("val/x0_error_by_t", "x0_error")
+        sigma = _sigmas(self.config["scheduler"]) if len(frame) else {}
+        return frame.assign(sigma=frame["bin"].map(sigma))[["step", "bin", "t", "sigma", "x0_error"]]
+
+    def pictures(self, key: str | None = None) -> pd.DataFrame:
+        """The logged pictures, of one key or all: step, key, path, caption."""
+        folder = self.path / "images"
+        found = {(p["step"], p["key"]): p for p in lines(folder / "images.jsonl") if key in (None, p["key"])}
+        there = [p for _, p in sorted(found.items()) if (folder / p["file"]).is_file()]
+        rows = [(p["step"], p["key"], folder / p["file"], p["caption"]) for p in there]
+        return pd.DataFrame(rows, columns=["step", "key", "path", "caption"])
+
+    def picture(self, key: str, step: int | None = None) -> Image.Image:
+        """One logged picture, the newest of its key unless a step is given."""
+        every = self.pictures()
+        of_key = every[every["key"] == key]
+        if of_key.empty:
+            keys = ", ".join(sorted(set(every["key"]))) or "none yet"
+            raise ConfigError(f"{self.path} has no picture {key!r}; it has: {keys}.")
+        wanted = of_key if step is None else of_key[of_key["step"] == step]
+        if wanted.empty:
+            raise ConfigError(f"{self.path} has {key!r} at steps {list(of_key['step'])}, not at {step}.")
+        return Image.open(wanted["path"].iloc[-1])
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoint folders, oldest first."""
+        manifests = (self.path / "checkpoints").glob("step-*/manifest.json")
+        return sorted(p.parent for p in manifests if p.parent.suffix != ".part")
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json as it stands (metrics, checkpoint, asked), the one written last; {} when there is none."""
+        files = set(self.path.glob("evaluation*/evaluation.json"))
+        if "evaluate" in self.stages:
+            files.add(self._find(self.stages["evaluate"]["path"]) / "evaluation.json")
+        written = sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime)
+        return read_json(written[-1]) if written else {}
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """The evaluation's scores: score, value, low and high (95 %), chance, n."""
+        return _scores(self.evaluation.get("metrics", {}))
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """What each stage of the experiment made, {} for a run without stages."""
+        return read_json(self.path / "stages.json")
+
+    def stage(self, name: str) -> Run:
+        """The run of a stage: `run.stage("autoencoder")`."""
+        trained = [s for s, made in self.stages.items() if is_run(self._find(made.get("path", "")))]
+        if name not in trained:
+            there = f"stages that are runs: {', '.join(trained)}" if trained else "it has no stages.json with runs"
+            raise ConfigError(f"{self.path} has no run for the stage {name!r}; {there}.")
+        return Run(self._find(self.stages[name]["path"]))
+
+    def _by_t(self, prefix: str, value: str) -> pd.DataFrame:
+        metrics = self.metrics
+        columns = {f"{prefix}/{i}": i for i in range(TIME_BINS) if f"{prefix}/{i}" in metrics}
+        frame = metrics[["step", *columns]].rename(columns=columns)  # type: ignore[call-overload]
+        frame = frame.melt(id_vars="step", var_name="bin", value_name=value).dropna().sort_values(["step", "bin"])
+        frame = frame.astype({"step": int, "bin": int, value: float})
+        return frame.assign(t=(frame["bin"] + 0.5) / TIME_BINS).reset_index(drop=True)
+
+    def _find(self, path: str) -> Path:
+        """A path as the run wrote it, relative to where its command was typed: somewhere above the run."""
+        here = self.path.resolve()
+        return next((p / path for p in here.parents if path and (p / path).exists()), Path(path))
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "run.json").is_file()
+
+
+def nearby(path: Path) -> str:
+    """Run directories above, in, or beside a path, the most alike first."""
+    above = [p for p in path.resolve().parents if is_run(p)]
+    known = next((p for p in path.absolute().parents if p.is_dir()), Path.cwd())
+    places = [path] if path.is_dir() else [known]
+    inside = [f.parent for place in places for depth in ("*", "*/*") for f in place.glob(f"{depth}/run.json")]
+    found = [str(p) for p in [*above, *inside] if is_run(p)]
+    close = [*above[:1], *difflib.get_close_matches(str(path.absolute()), found, n=5, cutoff=0.0)]
+    if not close:
+        return "There is none near it either: python -m ldm.run experiment=quickstart makes one."
+    return "Near it: " + ", ".join(dict.fromkeys(map(str, close))) + "."
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl; a line that a killed process left torn is not one."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """val/loss_by_t/2 before val/loss_by_t/10."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"/", name))
+
+
+def _sigmas(scheduler: dict[str, Any]) -> dict[int, float]:
+    """sigma/alpha at the middle of every time bin, where validation looks at the jump."""
+    from ldm.build import build
+
+    made = build(scheduler, "scheduler")
+    levels = [made.level(made.snap((i + 0.5) / TIME_BINS)) for i in range(TIME_BINS)]
+    return {i: float(level.sigma / level.alpha) for i, level in enumerate(levels)}
+
+
+def _scores(metrics: dict[str, float]) -> pd.DataFrame:
+    rows = []
+    for name, value in metrics.items():
+        if name.rsplit("/", 1)[-1] in ("low", "high", "n", "chance", "se"):
+            continue
+        error = metrics.get(f"{name}/se")
+        interval = (value - 1.96 * error, value + 1.96 * error) if error is not None else (None, None)
+        n = next((metrics[f"{k}/n"] for k in (name, *map(str, Path(name).parents)) if f"{k}/n" in metrics), None)
+        low, high = metrics.get(f"{name}/low", interval[0]), metrics.get(f"{name}/high", interval[1])
+        rows.append((name, value, low, high, metrics.get(f"{name}/chance"), n))
+    frame = pd.DataFrame(rows, columns=["score", "value", "low", "high", "chance", "n"])
+    return frame.astype({c: float for c in frame.columns if c != "score"})
