@@ -106,8 +106,8 @@ def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: float) -> None:
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
         error = val.get("val/loss_standard_error")
-        style = {"fmt": "o--", "markersize": 4, "capsize": 2, "label": f"{run.name}, validation"}
-        axes.errorbar(val["images"], val["val/loss"], error, color=colour, **style)
+        label = f"{run.name}, validation"
+        axes.errorbar(val["images"], val["val/loss"], error, color=colour, fmt="o--", ms=4, capsize=2, label=label)
 
 
 def _chosen(table: pd.DataFrame) -> pd.DataFrame:

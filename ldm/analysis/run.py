@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,8 @@ def nearby(path: Path) -> str:
 def lines(file: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl; a line that a killed process left torn is not one."""
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in text.split("\n"):  # not splitlines: a caption may hold U+2028
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -185,7 +185,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
     """val/loss_by_t/2 before val/loss_by_t/10."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"/", name))
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("/"))
 
 
 def _sigmas(scheduler: dict[str, Any]) -> dict[int, float]:

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.config import check, digest, plain
-from ldm.data.samples import Bad, Batches, stages_for
-from ldm.data.shards import Shards, open_split, splits
+from ldm.data.samples import sequential
+from ldm.data.shards import Shards, file_name, open_split, splits
 from ldm.data.sources.item import Item, Reject
 from ldm.data.writer import Written, write_dataset
 from ldm.errors import ConfigError
@@ -60,26 +60,23 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
 
 
 @torch.no_grad()
-def _items(shards: Shards, split: str, autoencoder: AutoencoderKL, size: int, batch: int) -> Iterator[Item | Reject]:
-    stages, fields = stages_for(shards, size, "centre", flip=False, seed=0)
-    batches = Batches(shards, stages, [*fields, "json"] if "json" not in fields else fields)
-    for first in range(0, len(shards), batch):
-        indices = np.arange(first, min(first + batch, len(shards)))
-        rows = list(batches.samples(indices, np.zeros_like(indices)))
-        good = [row for row in rows if not isinstance(row, Bad)]
-        yield from (Reject(r.key, r.error.reason, str(r.error)) for r in rows if isinstance(r, Bad))
-        if good:
-            moments = autoencoder.encode(to_unit(torch.stack([row["image"] for row in good]))).moments()
-            for row, latent in zip(good, moments.half().numpy(), strict=True):
-                yield _item(row, latent, split)
+def _items(
+    shards: Shards, split: str, autoencoder: AutoencoderKL, size: int, batch_size: int
+) -> Iterator[Item | Reject]:
+    for batch, bad in sequential(shards, size, batch_size):
+        yield from (Reject(b.key, b.error.reason, str(b.error)) for b in bad)
+        if batch:
+            moments = autoencoder.encode(to_unit(batch["image"])).moments().half().numpy()
+            for key, caption, latent in zip(batch["key"], batch["caption"], moments, strict=True):
+                yield _item(key, caption, latent, split)
 
 
-def _item(row: dict[str, Any], latent: np.ndarray, split: str) -> Item | Reject:
+def _item(key: str, caption: str, latent: np.ndarray, split: str) -> Item | Reject:
     if not np.isfinite(latent).all():
-        return Reject(row["__key__"], "latent outside float16")
+        return Reject(key, "latent outside float16")
     buffer = io.BytesIO()
     np.save(buffer, latent)
-    return Item({"latent.npy": buffer.getvalue(), "txt": row["caption"].encode()}, split, key=row["__key__"])
+    return Item({"latent.npy": buffer.getvalue(), "txt": caption.encode()}, split, key=file_name(key))
 
 
 def _keep_autoencoder(checkpoint: Path, target: Path) -> None:

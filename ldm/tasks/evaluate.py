@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -14,7 +14,9 @@ from torchmetrics import Metric
 
 from ldm.build import build
 from ldm.config import check, digest, plain
-from ldm.data.samples import Batches, stages_for
+from ldm.data.captions import SampleError, caption_of
+from ldm.data.reader import IndexedShards
+from ldm.data.samples import sequential
 from ldm.data.shards import Shards, open_split, splits
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
@@ -28,6 +30,7 @@ from ldm.training.autoencoder import to_unit
 from ldm.training.run_directory import read_json, write_json
 
 BATCH = 64
+TEXT = ("txt", "json")  # fields that hold captions
 UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
 
 
@@ -105,13 +108,10 @@ def _image_shards(path: str | None) -> dict[str, Shards]:
 
 
 def _pictures(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
-    """Images in [-1, 1], in the order of the shards."""
-    stages, fields = stages_for(shards, size, "centre", flip=False, seed=0)
-    batches = Batches(shards, stages, fields)
-    n = min(len(shards), limit or len(shards))
-    for first in range(0, n, 256):
-        indices = np.arange(first, min(first + 256, n))
-        yield to_unit(batches(indices, np.zeros_like(indices), indices.tolist())["image"])
+    """Images in [-1, 1], in the order of the shards; those that cannot be read are left out."""
+    for batch, _ in sequential(shards, size, 256, positions=range(min(len(shards), limit or len(shards)))):
+        if batch:
+            yield to_unit(batch["image"])
 
 
 def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[str]]:
@@ -121,11 +121,11 @@ def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[st
         fraction = facts["held_out_fraction"]
         halves = {"seen": pairs_seen(fraction), "unseen": pairs_unseen(fraction)}
         return {half: draw_captions(pairs, n, seed) for half, pairs in halves.items() if pairs}
-    stages, fields = stages_for(images["val"], facts.get("image_size", 64), "centre", flip=False, seed=0)
-    count = min(n, len(images["val"]))
-    indices = np.arange(count)
-    batch = Batches(images["val"], stages, fields)(indices, np.zeros_like(indices), indices.tolist())
-    return {"val": batch["caption"]}
+    texts = []
+    for sample in IndexedShards(images["val"], range(min(n, len(images["val"]))), TEXT):
+        with suppress(SampleError):
+            texts.append(caption_of(sample))
+    return {"val": texts}
 
 
 @torch.no_grad()

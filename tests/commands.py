@@ -1,0 +1,40 @@
+"""Runs `python -m ldm.run` as a person does, and waits for things in its run directory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONWARNINGS": "ignore"}
+
+
+def ldm(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ldm.run", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **kwargs)
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ldm.run", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """step -> scalars, without what depends on the clock."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        values = {k: v for k, v in record.items() if k not in ("time", "train/images_per_second")}
+        assert not set(values) & set(rows.get(record["step"], {})) - {"step", "images"}, "logged twice"
+        rows.setdefault(record["step"], {}).update(values)
+    return rows
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "nothing happened in time"
+        time.sleep(0.02)
