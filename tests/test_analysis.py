@@ -137,8 +137,9 @@ def test_a_wrong_path_names_the_runs_near_it(make: MakeRun, tmp_path: Path) -> N
     for wrong in (tmp_path / "outputs/mien", tmp_path / "outputs", run.path / "checkpoints" / "step-1"):
         with pytest.raises(ConfigError, match=r"outputs/mine"):
             Run(wrong)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="experiment=quickstart"):
-        Run(tmp_path / "nowhere" / "at" / "all" / "deep" / "down")
+        Run(tmp_path / "empty")
 
 
 CHANGES = [
