@@ -174,6 +174,14 @@ def test_runs_is_one_row_a_run_with_the_choices_that_differ(make: MakeRun, tmp_p
     assert newest(tmp_path / "nothing*", tmp_path / "outputs" / "*").name == "b"
 
 
+def test_a_running_run_stands_at_its_last_record(make: MakeRun) -> None:
+    run = make(step=4)
+    write_json(run.path / "status.json", {"state": "running", "step": 0})
+    assert runs(run.path)["step"].tolist() == [4]
+    (run.path / "metrics.jsonl").unlink()
+    assert runs(run.path)["step"].tolist() == [0]
+
+
 def test_a_sweep_stands_for_its_arms_refused_ones_with_their_reason(make: MakeRun, tmp_path: Path) -> None:
     make("sweep/flow-v-0001")
     sweep = tmp_path / "outputs" / "sweep"

@@ -96,7 +96,8 @@ def _refused(sweep: Path) -> Iterable[tuple[Scalars, Scalars]]:
 def _row(run: Run, choices: Scalars) -> Scalars:
     status, config = run.status, run.config
     about = {"path": run.path, "name": run.name, "experiment": config.get("experiment"), "seed": config.get("seed")}
-    about |= {"state": status.get("state"), "step": status.get("step")}
+    # While a run is running its status holds the step that it started from.
+    about |= {"state": status.get("state"), "step": max(status.get("step", 0), max(run.metrics["step"], default=0))}
     last = {k: v for k, v in run.scalars().items() if "_by_t/" not in k}
     scores = run.scores.dropna(subset=["low"])
     short = {k: v.rsplit(".", 1)[-1] if isinstance(v, str) and v.startswith("ldm.") else v for k, v in choices.items()}
