@@ -122,9 +122,11 @@ def group_names() -> list[str]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' or ''."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """' Did you mean 'x'?' with a second candidate where it is nearly as near; '' where nothing is."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    ratio = [difflib.SequenceMatcher(None, word, c).ratio() for c in close]
+    close = [c for c, r in zip(close, ratio, strict=True) if r > 0.85 * ratio[0]]
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -139,6 +141,8 @@ def check_keys_are_read(task: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         name = override.lstrip("+~").split("=", 1)[0].split(".")[0].split("@")[0].split("/")[0]
         known = by_name.get(name)
+        if known is None and not name.startswith("hydra"):
+            raise ConfigError(f"{name}= is no key and no group.{nearest(name, list(by_name))} See --help.")
         if known is not None and task not in known.metadata["tasks"]:
             readers = ", ".join(f"task={t}" for t in known.metadata["tasks"])
             raise ConfigError(f"{name}= is not read by task={task}, but by {readers}: leave it out.")

@@ -63,8 +63,9 @@ def film_strip(frames: Sequence[Frame], prompts: Sequence[str] = (), side: int =
     draw = ImageDraw.Draw(sheet)
     for column, frame in enumerate(frames):
         x = left + column * (width + MARGIN)
-        sigma = f"{frame.sigma:.3g}" if frame.sigma < 1e4 else "inf"
-        draw.multiline_text((x, 2), f"step {frame.number}\nsigma {sigma}", fill="black", font=_font(), spacing=1)
+        draw.multiline_text(
+            (x, 2), f"step {frame.number}\nsigma {frame.sigma:.3g}", fill="black", font=_font(), spacing=1
+        )
         for i in range(count):
             y = head + i * block + between
             sheet.paste(_enlarged(frame.current[i], side), (x, y))

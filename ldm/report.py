@@ -25,10 +25,10 @@ STYLE += "td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;p
 def write_report(run: Path) -> Path:
     """Writes report.html into a run directory, from its files alone."""
     stages = read_json(run / "stages.json")
-    body = [f"<h1>{html.escape(run.name)}</h1>", _summary(run), _scores(stages), _left_out(stages)]
+    body = [f"<h1>{html.escape(run.name)}</h1>", _summary(run), _scores(run, stages), _left_out(run, stages)]
     body += [_pictures(run)]
     if "autoencoder" in stages:
-        body.append(_pictures(Path(stages["autoencoder"]["path"])))
+        body.append(_pictures(run / stages["autoencoder"]["path"]))
     body.append(f"<h2>Configuration</h2><pre>{html.escape((run / 'config.yaml').read_text())}</pre>")
     path = run / "report.html"
     page = "\n".join(b for b in body if b)
@@ -50,10 +50,10 @@ def _summary(run: Path) -> str:
     return f"<h2>What was done</h2><table>{cells}</table>"
 
 
-def _scores(stages: dict[str, Any]) -> str:
+def _scores(run: Path, stages: dict[str, Any]) -> str:
     if "evaluate" not in stages:
         return ""
-    folder = Path(stages["evaluate"]["path"])
+    folder = run / stages["evaluate"]["path"]
     metrics = read_json(folder / "evaluation.json").get("metrics", {})
     rows = []
     for name, value in metrics.items():
@@ -68,11 +68,15 @@ def _scores(stages: dict[str, Any]) -> str:
     return f"<h2>Scores</h2><table>{head}{''.join(rows)}</table>{pictures}"
 
 
-def _left_out(stages: dict[str, Any]) -> str:
+def _left_out(run: Path, stages: dict[str, Any]) -> str:
     """Every sample that prepare turned away, with its reason."""
     folder = stages.get("prepare", {}).get("path")
-    file = Path(folder) / "rejects.jsonl" if folder else None
-    lines = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
+    file = run / folder / "rejects.jsonl" if folder else None
+    lines = (
+        file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        if file and file.is_file() and file.stat().st_size
+        else []
+    )
     if not lines:
         return ""
     shown = "\n".join(html.escape(line) for line in lines[:200])

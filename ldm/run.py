@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         print(help_text(conf_dir()))
         return 0
     multirun = bool({"-m", "--multirun"} & set(arguments))
+    os.environ["LDM_COMMAND"] = shlex.join(["python", "-m", "ldm.run", *arguments])  # for run.json
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
     try:
         _refuse_self_launched_sweeps(arguments, multirun)
@@ -63,13 +65,14 @@ def job(config: DictConfig) -> Any:
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep is None:
         return _perform(config, dict(hydra.runtime.choices), overrides, None)
+    directory = str(_arm(sweep, overrides))
     try:
         metrics = _perform(config, dict(hydra.runtime.choices), overrides, sweep)
     except ConfigError as error:
-        record(sweep, overrides, "refused", {}, str(error))
+        record(sweep, overrides, directory, "refused", {}, str(error))
         print(f"refused: {' '.join(overrides)}: {error}", file=sys.stderr)
         return None
-    record(sweep, overrides, "finished", metrics, "")
+    record(sweep, overrides, directory, "finished", metrics, "")
     return metrics.get(config.optimized_metric) if config.optimized_metric else None
 
 
@@ -92,10 +95,10 @@ def _perform(config: DictConfig, choices: dict[str, Any], overrides: list[str], 
     check_keys_are_read(task, overrides)
     config.experiment = choices.get("experiment") or task
     function: Callable[..., dict[str, float]] = get_method(config.task._target_)
-    return function(config, arm=_arm(sweep, overrides, config))
+    return function(config, arm=_arm(sweep, overrides))
 
 
-def _arm(sweep: Path | None, overrides: list[str], config: DictConfig) -> Path | None:
+def _arm(sweep: Path | None, overrides: list[str]) -> Path | None:
     """An arm's own directory inside the sweep's, named by what it changes."""
     if sweep is None:
         return None

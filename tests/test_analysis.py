@@ -185,8 +185,10 @@ def test_a_running_run_stands_at_its_last_record(make: MakeRun) -> None:
 def test_a_sweep_stands_for_its_arms_refused_ones_with_their_reason(make: MakeRun, tmp_path: Path) -> None:
     make("sweep/flow-v-0001")
     sweep = tmp_path / "outputs" / "sweep"
-    record(sweep, ["experiment=law", "scheduler=flow", "parameterization=v"], "finished", {"val/loss": 0.1}, "")
-    record(sweep, ["experiment=law", "scheduler=flow", "parameterization=eps"], "refused", {}, "alpha is 0, at t = 1")
+    record(sweep, ["experiment=law", "scheduler=flow", "parameterization=v"], "", "finished", {"val/loss": 0.1}, "")
+    record(
+        sweep, ["experiment=law", "scheduler=flow", "parameterization=eps"], "", "refused", {}, "alpha is 0, at t = 1"
+    )
     for pattern in (sweep, tmp_path / "outputs" / "*"):
         table = runs(pattern)
         assert list(table["state"]) == ["finished", "refused"]

@@ -134,7 +134,7 @@ class Run:
 
     def stage(self, name: str) -> Run:
         """The run of a stage: `run.stage("autoencoder")`."""
-        trained = [s for s, made in self.stages.items() if is_run(self._find(made.get("path", "")))]
+        trained = [s for s, made in self.stages.items() if "path" in made and is_run(self._find(made["path"]))]
         if name not in trained:
             there = f"stages that are runs: {', '.join(trained)}" if trained else "it has no stages.json with runs"
             raise ConfigError(f"{self.path} has no run for the stage {name!r}; {there}.")
@@ -149,9 +149,8 @@ class Run:
         return frame.assign(t=(frame["bin"] + 0.5) / TIME_BINS).reset_index(drop=True)
 
     def _find(self, path: str) -> Path:
-        """A path as the run wrote it, relative to where its command was typed: somewhere above the run."""
-        here = self.path.resolve()
-        return next((p / path for p in here.parents if path and (p / path).exists()), Path(path))
+        """A path as stages.json has it: relative to the run, so that outputs/ may move as a whole."""
+        return (self.path / path).resolve()
 
 
 def is_run(path: Path) -> bool:

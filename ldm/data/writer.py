@@ -213,14 +213,15 @@ def _existing(final: Path, name: str) -> Written | None:
     """What is there already, if it is the same; ConfigError if it is something else."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return None
-    folders = sorted(path.parent for path in [*final.glob(MANIFEST), *final.glob(f"*/{MANIFEST}")])
+    found = sorted(path.parent for path in [*final.glob(MANIFEST), *final.glob(f"*/{MANIFEST}")])
+    folders = [folder for folder in found if any(folder.glob("*.tar"))]  # beside latents lies their autoencoder
     manifests = {folder: read_manifest(folder) for folder in folders}
     same = [json.dumps(m.get("identity"), sort_keys=True) == name for m in manifests.values()]
     if not name or not same or not all(same):
         raise ConfigError(f"{final} exists and holds something else. Choose another output=, or delete it.")
     samples = {"train" if folder == final else folder.name: m["samples"] for folder, m in manifests.items()}
     result = Written(final, samples, facts=next(iter(manifests.values())).get("facts", {}), existed=True)
-    for line in _read(final / REJECTS).splitlines():
+    for line in filter(None, _read(final / REJECTS).split("\n")):  # captions may hold other line ends
         _count(Reject(**json.loads(line)), result)
     return result
 

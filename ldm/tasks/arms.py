@@ -11,10 +11,12 @@ from typing import Any
 ROWS, TABLE = "results.jsonl", "results.csv"
 
 
-def record(sweep: Path, overrides: list[str], state: str, metrics: dict[str, float], message: str) -> None:
+def record(
+    sweep: Path, overrides: list[str], directory: str, state: str, metrics: dict[str, float], message: str
+) -> None:
     """Adds an arm's row and writes the table anew; arms that run side by side take turns. A repeated arm replaces."""
     sweep.mkdir(parents=True, exist_ok=True)
-    row = {"overrides": overrides, "state": state, "metrics": metrics, "message": message}
+    row = {"overrides": overrides, "directory": directory, "state": state, "metrics": metrics, "message": message}
     with (sweep / ROWS).open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(row) + "\n")
@@ -30,11 +32,12 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*keys, "state", *metrics, "message"])
+        writer.writerow([*keys, "state", *metrics, "message", "directory"])
         for r in rows:
             given = dict(o.split("=", 1) for o in r["overrides"])
             cells = [given.get(k, "") for k in keys]
-            writer.writerow([*cells, r["state"], *(r["metrics"].get(m, "") for m in metrics), r["message"]])
+            values = [r["metrics"].get(m, "") for m in metrics]
+            writer.writerow([*cells, r["state"], *values, r["message"], r["directory"]])
     part.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,9 @@ class Stages:
 
     def report(self, values: dict[str, Any]) -> dict[str, float]:
         self.made["report"] = {}
+        for made in self.made.values():  # relative to the run, so that outputs/ may move as a whole
+            if "path" in made:
+                made["path"] = os.path.relpath(made["path"], self.run_directory)
         write_json(self.run_directory / "stages.json", self.made)
         path = write_report(self.run_directory)
         print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")

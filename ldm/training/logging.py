@@ -50,17 +50,20 @@ class RunLogger(Logger):
         path = folder / f"step-{step:08d}_{key.replace('/', '_')}.png"
         image.save(path)
         record = {"step": step, "key": key, "file": path.name, "caption": caption}
-        with (folder / "images.jsonl").open("a") as file:
+        with (folder / "images.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that a run goes on from: those steps come again."""
         for file in (self.file, self.directory / "images" / "images.jsonl"):
             if file.is_file():
-                kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+                lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
                 part = file.with_name(file.name + ".part")
-                part.write_text("".join(line + "\n" for line in kept))
+                part.write_text("".join(f"{ln}\n" for ln in lines if _step_of(ln) <= step), encoding="utf-8")
                 os.replace(part, file)
+        for picture in (self.directory / "images").glob("step-*.png"):
+            if int(picture.name[5:13]) > step:
+                picture.unlink()
 
 
 def _step_of(line: str) -> float:

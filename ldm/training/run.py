@@ -75,6 +75,8 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
     data = build(config["data"], "data")
     data.setup()
     config["image_size"] = config["data"]["image_size"] = data.image_size
+    if Path(config["shards"]).exists():  # a run is found again from any working directory
+        config["shards"] = config["data"]["shards"] = str(Path(config["shards"]).resolve())
     if config["module"] == "autoencoder" and data.kind == "latent":
         raise ConfigError(
             f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards."
@@ -147,6 +149,7 @@ def _fit(config: dict[str, Any], data: ShardDataModule, parts: Parts, directory:
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.directory = directory.checkpoints
+            callback.on_saved = lambda step: directory.set_status("running", step)
     io = FolderCheckpointIO(
         module.parts,
         module.trained_parts,

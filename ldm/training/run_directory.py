@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def provenance() -> dict[str, Any]:
 
     packages = ("torch", "lightning", "hydra-core", "transformers", "webdataset", "wandb")
     return {
-        "command": " ".join(sys.argv),
+        "command": os.environ.get("LDM_COMMAND") or shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "git_commit": _git_commit(),
         "host": socket.gethostname(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Checkpoints(L.Callback):
     def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2):
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
         self.directory = Path("checkpoints")  # set when the run directory is known
+        self.on_saved: Callable[[int], None] | None = None  # told the step after each save
         self._signal = 0
         self._before: dict[int, Any] = {}
 
@@ -60,6 +62,8 @@ class Checkpoints(L.Callback):
             trainer.save_checkpoint(folder)
             if trainer.is_global_zero:
                 self._prune()
+                if self.on_saved is not None:
+                    self.on_saved(step)
             if number and not last:
                 raise Interrupted(number, step, folder)
 

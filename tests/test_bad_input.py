@@ -1,0 +1,83 @@
+"""Whatever is typed wrong ends in one line that says what to do, exit code 2, no traceback, nothing half-written."""
+
+import os
+import stat
+
+import pytest
+from commands import ldm
+from PIL import Image
+
+FAST = [  # arguments, words of the one line
+    (["experiment=quickstrat"], "Did you mean 'quickstart'?"),
+    (["model=unet_quikstart"], "Did you mean 'unet_quickstart'?"),
+    (["modle=unet_tiny"], "'model'?"),
+    (["optimizer.lrr=1"], "Did you mean 'lr'?"),
+    (["max_step=10"], "Did you mean 'max_steps'?"),
+    (["max_steps=ten"], "max_steps=ten: expected int"),
+    (["task=sampel"], "Did you mean 'sample'?"),
+    (["task=sample", "max_steps=3"], "is not read by task=sample"),
+    (["task=sample", "model=unet_tiny"], "is not read by task=sample"),
+    (["+foo=1"], "foo"),
+    (["trainer={"], "cannot be read"),
+    (["batch_size=0"], "batch_size=0: must be at least 1"),
+    (["module=autoencodr"], "Did you mean 'autoencoder'?"),
+]
+CHECKED = [
+    (["trainer.max_steps=ten"], "trainer.max_steps='ten': expected int"),
+    (["optimizer.lr=1e-3x"], "optimizer.lr='1e-3x': expected float"),
+    (["+trainer.max_stepz=3"], "Did you mean 'max_steps'?"),
+    (["shards=nowhere"], "nowhere"),
+    (["task=prepare", "source=folder", "images=nowhere", "output=out"], "nowhere"),
+    (["task=sample", "checkpoint=nowhere", "prompt=x"], "there is nothing at this path"),
+    (["task=sample", "prompt=x"], "checkpoint=RUN"),
+    (["task=prepare", "source=emoji", "source.font=/nowhere.ttf", "output=out"], "nowhere.ttf"),
+    (["experiment=quickstart", "parameterization=eps", "scheduler=flow", "debug=fast_dev_run"], "parameterization=v"),
+]
+
+
+def one_line(result, words, cwd):
+    assert result.returncode == 2, result.stderr[-2000:] + result.stdout[-500:]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and words in lines[0], result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    left = [p for p in cwd.rglob("*") if p.suffix == ".part" or p.name == "config.yaml"]
+    assert not left, left
+
+
+@pytest.mark.parametrize(("arguments", "words"), FAST, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_what_the_composition_refuses(arguments, words, tmp_path):
+    one_line(ldm(*arguments, cwd=tmp_path), words, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), CHECKED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_what_the_checks_refuse(arguments, words, tmp_path):
+    one_line(ldm(*arguments, cwd=tmp_path), words, tmp_path)
+
+
+@pytest.mark.slow
+def test_damaged_data_and_places(tmp_path):
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/00000.tar").write_text("<html>not found</html>" * 50)
+    one_line(ldm("shards=tars", "module=autoencoder", "image_size=32", cwd=tmp_path), "00000.tar", tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    (tmp_path / "broken/a.txt").write_text("a broken picture")
+    result = ldm("task=prepare", "source=folder", "images=broken", "output=out", cwd=tmp_path)
+    one_line(result, "broken", tmp_path)
+    (tmp_path / "nocaption").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "nocaption/a.png")
+    result = ldm("task=prepare", "source=folder", "images=nocaption", "output=out", cwd=tmp_path)
+    one_line(result, "caption", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/sys"), reason="needs a place that refuses writing")
+def test_output_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder is wanted")
+    blocked.chmod(stat.S_IRUSR)
+    result = ldm("experiment=quickstart", "debug=fast_dev_run", "outputs=blocked", cwd=tmp_path)
+    one_line(result, "outputs=", tmp_path)
