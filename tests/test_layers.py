@@ -33,7 +33,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "omegaconf": ("ldm.config", "ldm.build", "ldm.explain", "ldm.run", "ldm.tasks"),
     "lightning": ("ldm.training", "ldm.data"),
     "webdataset": ("ldm.data",),
-    "transformers": ("ldm.text",),
+    "transformers": ("ldm.text", "ldm.training.run"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
     "wandb": ("ldm.training.wandb_mirror",),
     "pandas": ("ldm.analysis", "ldm.data"),

@@ -6,11 +6,13 @@ import copy
 import json
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from transformers import CLIPTokenizer
 
 from ldm.build import build
 from ldm.config import digest
@@ -32,6 +34,7 @@ IDENTITY = {
         *("caption_dropout", "noises_per_image", "optimizer", "lr_scheduler", "ema", "seed"),
     ),
 }
+CAPTIONS_READ = 200_000  # captions that a vocabulary is built from
 
 
 @dataclass
@@ -54,8 +57,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     start = _starting_checkpoint(config, data)
     tokenizer = None
     if config["module"] == "latent_diffusion" and "vocab_size" in config["text_encoder"]:
-        tokenizer = build_tokenizer(data.captions(), config["text_encoder"]["vocab_size"])
-        config["text_encoder"]["vocab_size"] = len(tokenizer)
+        tokenizer = _tokenizer(data, config["text_encoder"])
     identity = _identity(config, data, start)
     directory = RunDirectory(path_of(digest(identity)), config, identity)
     done = directory.status()
@@ -82,6 +84,16 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
             f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards."
         )
     return data
+
+
+def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
+    """A tokenizer built from the training captions; the node's vocabulary and length become what they need."""
+    captions = list(islice(data.captions(), CAPTIONS_READ))
+    tokenizer = build_tokenizer(captions, node["vocab_size"])
+    longest = max((len(ids) for ids in tokenizer(captions)["input_ids"]), default=2)
+    node["vocab_size"] = len(tokenizer)
+    node["max_length"] = min(node["max_length"], -(-longest // 8) * 8)
+    return tokenizer
 
 
 def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[str, Path]:
