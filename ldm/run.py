@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
@@ -59,7 +58,7 @@ def job(config: DictConfig) -> Any:
 
     from ldm.tasks.arms import record
 
-    _quiet()
+    os.environ.setdefault("WANDB_SILENT", "true")
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
@@ -74,18 +73,6 @@ def job(config: DictConfig) -> Any:
         return None
     record(sweep, overrides, directory, "finished", metrics, "")
     return metrics.get(config.optimized_metric) if config.optimized_metric else None
-
-
-def _quiet() -> None:
-    """Silences what says nothing about this run: advertisements, and a deprecation inside Lightning itself."""
-    import warnings
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()  # else every line is printed twice
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")  # the frozen parts, on purpose
 
 
 def _perform(config: DictConfig, choices: dict[str, Any], overrides: list[str], sweep: Path | None) -> dict[str, float]:

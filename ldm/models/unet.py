@@ -79,8 +79,8 @@ class UNet(nn.Module):
         )
         self.conv_norm_out = GroupNormSiLU(norm_groups, finest, eps=1e-5)
         self.conv_out = nn.Conv2d(finest, out_channels, 3, padding=1)
-        # The untrained answer is 0, so the first loss is the target's variance. The branches inside are not zeroed: with
-        # silent transformers the captions of the quickstart were still ignored after 1,500 steps, else after 100 not.
+        # The untrained answer is 0, so the first loss is the target's variance. Branches inside are not zeroed: with
+        # silent transformers the quickstart still ignored its captions after 1,500 steps, without them not after 100.
         _zero(self.conv_out)
         self._set_recompute(checkpoint)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,3 +88,11 @@ def log_picture(trainer: L.Trainer, key: str, image: Image.Image, step: int, cap
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):
                 logger.log_picture(key, image, step, caption)
+
+
+def silence_advertisements() -> None:
+    """Silences what says nothing about this run: Lightning's own lines, and a deprecation inside it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")  # the frozen parts, on purpose

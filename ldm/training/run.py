@@ -23,7 +23,7 @@ from ldm.text.tokenizer import build_tokenizer
 from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_manifest
-from ldm.training.logging import RunLogger
+from ldm.training.logging import RunLogger, silence_advertisements
 from ldm.training.run_directory import RunDirectory
 
 # What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
@@ -151,6 +151,7 @@ def _check_same_autoencoder(latents: Path, given: Path) -> None:
 
 
 def _fit(config: dict[str, Any], data: ShardDataModule, parts: Parts, directory: RunDirectory) -> Finished:
+    silence_advertisements()
     module = build_module(config, parts)
     first = int(os.environ.get("RANK", 0)) == 0
     trainer_node = _launched(dict(config["trainer"]))
