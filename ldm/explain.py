@@ -22,6 +22,8 @@ def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str |
     for e in chain:
         if isinstance(e, ConfigError):
             return _one_line(str(e))
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration file is not YAML: {_one_line(str(error))}"
     if not any(isinstance(e, (HydraException, OmegaConfBaseException)) for e in chain):
         return None
     for e in chain:

@@ -45,10 +45,31 @@ def run(arguments: Sequence[str]) -> int:
         arguments = [quoted(a, multirun) for a in arguments]
         if multirun:
             arguments.append(f"hydra.sweep.dir={_sweep_directory(arguments)}")
-        _hydra(job, arguments)
+        failures: list[Exception] = []
+        _hydra(_holding(failures), arguments)
+        if failures:
+            raise failures[0]
     except Exception as error:
         return _report(error, arguments)
     return 0
+
+
+def _holding(failures: list[Exception]) -> Callable[[DictConfig], Any]:
+    """The job of a single run keeps its error for `run` to report: Hydra would print a line of its own before it."""
+
+    def held(config: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return job(config)
+        try:
+            return job(config)
+        except Exception as error:
+            failures.append(error)
+            return None
+
+    return held
 
 
 def job(config: DictConfig) -> Any:

@@ -81,3 +81,22 @@ def test_output_that_cannot_be_written(tmp_path):
     blocked.chmod(stat.S_IRUSR)
     result = ldm("experiment=quickstart", "debug=fast_dev_run", "outputs=blocked", cwd=tmp_path)
     one_line(result, "outputs=", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_stepps: 3", "Did you mean 'max_steps'?"),
+        ("optimizer: {lrr: 3}", "Did you mean 'lr'?"),
+        ("defaults:\n  - override /model: unet_quikstart", "Did you mean 'unet_quickstart'?"),
+        ("max_steps: ten", "max_steps=ten"),
+        ("max_steps: [3", "not YAML"),
+    ],
+)
+def test_mistakes_inside_an_experiment_file(text, words, tmp_path):
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    (tmp_path / "own/experiment/mine.yaml").write_text(f"# @package _global_\n# Mine.\n{text}\n")
+    (tmp_path / "here").mkdir()
+    result = ldm("experiment=mine", "--config-dir", str(tmp_path / "own"), cwd=tmp_path / "here")
+    one_line(result, words, tmp_path / "here")
+    assert result.stderr.count("\n") == 1, "one line, and nothing else"
