@@ -47,7 +47,7 @@ class SmallTextEncoder(CLIPTokenized):
         self.text_model = CLIPTextModel(config)
         # CLIP's own embeddings start at 0.02: words then drown in the residual stream before a short training can tell
         # them apart. On the quickstart's shapes the colour words were still ignored after 1,000 steps.
-        nn.init.normal_(self.text_model.get_input_embeddings().weight, std=1.0)
+        nn.init.normal_(self.text_model.get_parameter("embeddings.token_embedding.weight"), std=1.0)
         self.register_load_state_dict_pre_hook(_accept_both_spellings)
 
     def set_tokenizer(self, tokenizer: CLIPTokenizer) -> None:
