@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check")
 MODULES = ("latent_diffusion", "autoencoder")
 
 
@@ -43,9 +43,11 @@ class Root:
     outputs: str = key("outputs", "all", "folder of all run directories")
     seed: Any = key(0, "train sample evaluate prepare", "an integer; for task=sample also a list, one seed an image")
     # --- data
-    shards: str | None = key(None, "train encode evaluate", "folder of tars that task=prepare or task=encode wrote")
+    shards: str | None = key(
+        None, "train encode evaluate check", "folder of tars that task=prepare or task=encode wrote"
+    )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
-    output: str | None = key(None, "sample prepare encode evaluate", "folder that the task writes")
+    output: str | None = key(None, "sample prepare encode evaluate check", "folder that the task writes")
     image_size: int | None = key(None, "train prepare encode", "pixels a side; default: what prepare found out")
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")

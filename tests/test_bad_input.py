@@ -74,6 +74,23 @@ def test_damaged_data_and_places(tmp_path):
 
 
 @pytest.mark.slow
+def test_check_says_what_is_wrong_with_a_data_set(tmp_path):
+    from ldm.data.sources.shapes import ShapesSource
+    from ldm.data.writer import write_dataset
+
+    source = ShapesSource(count=8, validation=4, unseen=2)
+    write_dataset(source, tmp_path / "shards", facts=source.facts, identity=source.identity())
+    sound = ldm("task=check", "shards=shards", cwd=tmp_path)
+    assert sound.returncode == 0 and sound.stdout.startswith("sound: "), sound.stderr
+    tar = tmp_path / "shards/train/00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1  # inside the first picture
+    tar.write_bytes(data)
+    one_line(ldm("task=check", "shards=shards", cwd=tmp_path), "sha256 differs", tmp_path)
+    one_line(ldm("task=check", "shards=nowhere", cwd=tmp_path), "nowhere", tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/sys"), reason="needs a place that refuses writing")
 def test_output_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "blocked"

@@ -18,6 +18,7 @@ from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
+from ldm.training.assemble import build_parts
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import write_json
 
@@ -29,6 +30,7 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     check(config)
     if config.stages:
         return Stages(config, arm).run()
+    build_parts(plain(config), device="meta")
     finished = train_run(plain(config), lambda digest: _directory(config, digest, arm))
     _say(finished)
     return finished.metrics
@@ -63,6 +65,7 @@ class Stages:
             )
         for stage in config.stages:
             check(self.configured(stage))
+        build_parts(plain(self.configured(list(config.stages)[-1])), device="meta")
 
     def run(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

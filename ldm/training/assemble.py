@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -36,19 +37,25 @@ class Parts:
     text_encoder: TextEncoder | None = None
 
 
-def build_parts(config: Config, tokenizer: Path | None = None) -> Parts:
-    """Modules with fresh weights from a resolved configuration; combinations that cannot work are refused."""
-    autoencoder = build(config["autoencoder"], "autoencoder")
+def build_parts(config: Config, tokenizer: Path | None = None, device: str = "cpu") -> Parts:
+    """Modules with fresh weights from a resolved configuration; combinations that cannot work are refused.
+
+    device="meta" allocates nothing: what cannot be built is found out before anything is read or written.
+    """
+    with torch.device(device):
+        autoencoder = build(config["autoencoder"], "autoencoder")
     if config["module"] == "autoencoder":
         return Parts(autoencoder)
     scheduler = build(config["scheduler"], "scheduler")
     parameterization = build(config["parameterization"], "parameterization")
     parameterization.check(scheduler)
-    text_encoder = build(config["text_encoder"], "text_encoder")
+    with torch.device(device):
+        text_encoder = build(config["text_encoder"], "text_encoder")
     if tokenizer is not None:
         text_encoder.load_tokenizer(tokenizer)
     _check_widths(config["model"], text_encoder, len(autoencoder.latents.mean))
-    model = build(config["model"], "model")
+    with torch.device(device):
+        model = build(config["model"], "model")
     return Parts(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder)
 
 
