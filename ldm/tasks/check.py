@@ -29,6 +29,6 @@ def check(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         first = (report.damaged or [f"{b['shard']} {b['key']}: {b['detail']}" for b in report.bad])[0]
         raise ConfigError(
             f"{config.shards} is not sound: {len(report.damaged)} damaged shards, {len(report.bad)} bad samples "
-            f"(first: {first}). Make it again with task=prepare, or let a run replace single samples with data.max_bad=N."
+            f"(first: {first}). Make it again with task=prepare, or let a run replace bad samples: data.max_bad=N."
         )
     return {f"samples/{name or 'all'}": float(n) for name, n in report.samples.items()}
