@@ -44,6 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         _refuse_self_launched_sweeps(arguments, multirun)
         arguments = [quoted(a, multirun) for a in arguments]
         if multirun:
+            os.environ["LDM_SWEPT"] = " ".join(a.split("=", 1)[0] for a in arguments if "," in a.partition("=")[2])
             arguments.append(f"hydra.sweep.dir={_sweep_directory(arguments)}")
         failures: list[Exception] = []
         _hydra(_holding(failures), arguments)
@@ -110,7 +111,8 @@ def _arm(sweep: Path | None, overrides: list[str]) -> Path | None:
     """An arm's own directory inside the sweep's, named by what it changes."""
     if sweep is None:
         return None
-    changes = [o for o in overrides if not o.startswith(("experiment=", "task=", "name="))]
+    swept = tuple(f"{k}=" for k in os.environ.get("LDM_SWEPT", "").split())
+    changes = [o for o in overrides if o.startswith(swept)] if swept else list(overrides)
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "_".join(o.replace("=", "-") for o in changes))[:80]
     return sweep / (slug.strip("-") + "-" + digest(changes, 4))
 

@@ -65,7 +65,7 @@ def test_damaged_data_and_places(tmp_path):
     (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff not an image")
     (tmp_path / "broken/a.txt").write_text("a broken picture")
     result = ldm("task=prepare", "source=folder", "images=broken", "output=out", cwd=tmp_path)
-    one_line(result, "broken", tmp_path)
+    one_line(result, "undecodable image (first: a.jpg)", tmp_path)
     (tmp_path / "nocaption").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "nocaption/a.png")
     result = ldm("task=prepare", "source=folder", "images=nocaption", "output=out", cwd=tmp_path)

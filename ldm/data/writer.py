@@ -86,6 +86,7 @@ def write_dataset(
             writers[item.split].add(item.key if item.key is not None else f"{number:09d}", item.fields)
             number += 1
         if not writers:
+            shutil.rmtree(part)
             raise ConfigError(f"nothing to write to {final}: {result.rejected.total()} rejected.{_reasons(result)}")
         result.facts = dict(facts() if callable(facts) else facts or {})
         for split, writer in writers.items():
