@@ -30,7 +30,7 @@ DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "paramet
 
 @dataclass
 class Parts:
-    """What sampling needs. `captions_to` is None for an autoencoder alone."""
+    """What sampling needs. An autoencoder alone has neither denoiser nor text encoder."""
 
     autoencoder: AutoencoderKL
     denoiser: Denoiser | None = None

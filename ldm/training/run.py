@@ -62,7 +62,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     directory = RunDirectory(path_of(digest(identity)), config, identity)
     done = directory.status()
     if done.get("state") == "finished" and done["step"] >= config["max_steps"]:
-        _check_same(directory, identity)
+        directory.check_identity()
         return Finished(directory.path, done["step"], False, done.get("metrics", {}))
     torch.manual_seed(weight_seed(config))
     parts = build_parts(config)
@@ -123,11 +123,6 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
         "start": {k: digest(read_manifest(v)["files"]) for k, v in start.items()},
         "start_weights": config["weights"] if "given" in start else None,
     }
-
-
-def _check_same(directory: RunDirectory, identity: dict[str, Any]) -> None:
-    directory.identity = identity
-    directory._check_identity()
 
 
 def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ class RunDirectory:
             raise ConfigError(
                 f"cannot write to {self.path} ({error.strerror}): give another outputs= folder."
             ) from error
-        self._check_identity()
+        self.check_identity()
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "run.json", {"identity": self.identity, "digest": digest(self.identity), **provenance()})
 
@@ -90,7 +90,8 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _check_identity(self) -> None:
+    def check_identity(self) -> None:
+        """ConfigError when the directory holds a run whose results were decided by something else."""
         before = read_json(self.path / "run.json").get("identity")
         if before is None:
             return

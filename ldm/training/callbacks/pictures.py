@@ -77,12 +77,8 @@ class JumpToX0(_Pictures):
     def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
             return
-        prompts = list(self.prompts or fixed_prompts(trainer, self.num_prompts))
-        sampler = Sampler(module.denoiser, module.autoencoder, module.text_encoder)
-        size = trainer.datamodule.image_size  # type: ignore[attr-defined]
-        seeds = [self.seed + i for i in range(len(prompts))]
-        request = Request(prompts, size, size, num_steps=self.num_steps, guidance=self.guidance, seeds=seeds)
-        request.solver, request.spacing = self.sampler, self.grid
+        sampler, request = _drawing(self, trainer, module)
+        prompts = list(request.prompts)
         with module.averaged():
             steps = list(sampler.steps(request))
             frames = sampler.frames(steps, chosen_steps(self.num_steps, self.decode_steps))
@@ -112,15 +108,28 @@ class Samples(_Pictures):
     def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
             return
-        prompts = list(self.prompts or fixed_prompts(trainer, self.num_prompts))
-        sampler = Sampler(module.denoiser, module.autoencoder, module.text_encoder)
-        size = trainer.datamodule.image_size  # type: ignore[attr-defined]
-        seeds = [self.seed + i for i in range(len(prompts))]
-        request = Request(prompts, size, size, num_steps=self.num_steps, guidance=self.guidance, seeds=seeds)
-        request.solver, request.spacing = self.sampler, self.grid
+        sampler, request = _drawing(self, trainer, module)
+        prompts = list(request.prompts)
         with module.averaged():
             images = sampler.sample(request)
         log_picture(trainer, "samples", grid(images, prompts), step, "; ".join(prompts))
+
+
+def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDiffusion) -> tuple[Sampler, Request]:
+    """What both callbacks draw: fixed prompts, one fixed seed a picture, at the size of the training images."""
+    prompts = list(callback.prompts or fixed_prompts(trainer, callback.num_prompts))
+    size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+    request = Request(
+        prompts,
+        size,
+        size,
+        num_steps=callback.num_steps,
+        guidance=callback.guidance,
+        seeds=[callback.seed + i for i in range(len(prompts))],
+        solver=callback.sampler,
+        spacing=callback.grid,
+    )
+    return Sampler(module.denoiser, module.autoencoder, module.text_encoder), request
 
 
 def fixed_prompts(trainer: L.Trainer, n: int) -> list[str]:
