@@ -19,9 +19,9 @@ from ldm.training.totals import Totals
 
 @dataclass
 class Recipe:
-    """How weights are changed: optimizer(parameters), learning-rate factor(step), and their average."""
+    """How weights are changed: optimizer(named parameters), learning-rate factor(step), and their average."""
 
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
     learning_rate: Callable[[int], float] = lambda step: 1.0
     ema: EMA | None = None
 
@@ -80,7 +80,7 @@ class TrainedModule(L.LightningModule):
         return {}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.recipe.optimizer(list(self.trained_parameters().values()))
+        optimizer = self.recipe.optimizer(list(self.trained_parameters().items()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
