@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective")
 MODULES = ("latent_diffusion", "autoencoder")
 
 
@@ -47,7 +47,7 @@ class Root:
         None, "train encode evaluate check", "folder of tars that task=prepare or task=encode wrote"
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
-    output: str | None = key(None, "sample prepare encode evaluate check", "folder that the task writes")
+    output: str | None = key(None, "sample prepare encode evaluate check objective", "folder that the task writes")
     image_size: int | None = key(None, "train prepare encode", "pixels a side; default: what prepare found out")
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
@@ -71,7 +71,7 @@ class Root:
     prompts: str | None = key(None, "sample", "text file with one prompt a line, instead of prompt=")
     height: int | None = key(None, "sample", "pixels; default: the model's own")
     width: int | None = key(None, "sample", "pixels; default: the model's own")
-    num_steps: int = key(30, "sample evaluate train", "sampling steps")
+    num_steps: int = key(30, "sample evaluate train objective", "sampling steps")
     guidance: float = key(7.5, "sample evaluate train", "scale of classifier-free guidance; 1 is off")
     guidance_rescale: float = key(0.0, "sample evaluate train", "0 off, 0.7 for zero-terminal-SNR models")
     eta: float | None = key(None, "sample evaluate", "share of fresh noise, for samplers that have it")
@@ -87,12 +87,12 @@ class Root:
     model: Any = group("train", "the denoising network")
     autoencoder: Any = group("train", "the first stage")
     text_encoder: Any = group("train", "captions to conditions")
-    scheduler: Any = group("train", "noise schedule")
-    parameterization: Any = group("train", "what the network predicts")
-    weighting: Any = group("train", "loss weight over noise levels")
-    times: Any = group("train", "which noise levels are trained on")
-    grid: Any = group("train sample evaluate", "spacing of the sampling steps")
-    sampler: Any = group("train sample evaluate", "solver")
+    scheduler: Any = group("train objective", "noise schedule")
+    parameterization: Any = group("train objective", "what the network predicts")
+    weighting: Any = group("train objective", "loss weight over noise levels")
+    times: Any = group("train objective", "which noise levels are trained on")
+    grid: Any = group("train sample evaluate objective", "spacing of the sampling steps")
+    sampler: Any = group("train sample evaluate objective", "solver")
     guider: Any = group("train sample evaluate", "guidance")
     optimizer: Any = group("train", "optimizer")
     lr_scheduler: Any = group("train", "learning rate over steps")

@@ -1,17 +1,21 @@
-"""Two threads at most: CI and a laptop have two cores, and results must not depend on more."""
+"""One thread a worker: CI and a laptop have two cores, and results must not depend on more."""
 
 import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tiny_run import make_tiny_run
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a real run of every stage (tiny_run.COMMAND), made once a session. Never write in it."""
-    return make_tiny_run(tmp_path_factory.mktemp("tiny_run"))
+    """The directory of a real run of every stage (tiny_run.COMMAND), made once for all workers. Never write in it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_run"
+    with FileLock(f"{shared}.lock"):
+        return make_tiny_run(shared)

@@ -35,7 +35,12 @@ def test_orthogonal_agrees_with_the_iteration_on_whole_matrices():
 def _network() -> nn.Module:
     torch.manual_seed(0)
     return nn.ModuleDict(
-        {"conv_in": nn.Conv2d(3, 8, 3), "hidden": nn.Conv2d(8, 8, 3), "norm": nn.GroupNorm(2, 8), "top": nn.Linear(8, 4)}
+        {
+            "conv_in": nn.Conv2d(3, 8, 3),
+            "hidden": nn.Conv2d(8, 8, 3),
+            "norm": nn.GroupNorm(2, 8),
+            "top": nn.Linear(8, 4),
+        }
     )
 
 

@@ -117,9 +117,7 @@ def test_real_kill_of_the_whole_command(tmp_path, data):
         "data.validation_samples=4",
     ]
     base += ["callbacks.jump_to_x0.num_steps=2", "callbacks.samples.num_steps=2", "callbacks.samples.every_n_steps=20"]
-    process = start(*base, "name=whole", cwd=tmp_path)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    left_alone = start(*base, "name=whole", cwd=tmp_path)
     killed = tmp_path / "outputs/killed"
     for lines in (6, 17, 29):
         process = start(*base, "name=killed", cwd=tmp_path)
@@ -130,6 +128,8 @@ def test_real_kill_of_the_whole_command(tmp_path, data):
     process = start(*base, "name=killed", cwd=tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
+    output, _ = left_alone.communicate(timeout=120)
+    assert left_alone.returncode == 0, output
     whole = tmp_path / "outputs/whole"
     assert metrics(killed) == metrics(whole)
     assert fingerprint(all_folders(killed)[-1]) == fingerprint(all_folders(whole)[-1])

@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 COMMAND = ("-m", "ldm.run", "experiment=quickstart", "debug=fast_dev_run")
 
 
-@cache
 def make_tiny_run(folder: Path) -> Path:
-    """The run directory, folder/outputs/quickstart-DIGEST-seed0, of the command typed in `folder` (about 20 s)."""
+    """The run directory, folder/outputs/quickstart-DIGEST-seed0, of the command typed in `folder` (about 20 s).
+
+    A folder that has one already is not run in again.
+    """
+    done_before = sorted((folder / "outputs").glob("quickstart-*/report.html"))
+    if done_before:
+        return done_before[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *COMMAND], cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -36,8 +36,10 @@ class AutoencoderKL(nn.Module):
         layers_per_block: int = 2,  # resnets a level in the encoder; one more in the decoder
         norm_groups: int = 32,  # of every GroupNorm
         mid_attention: bool = True,  # whether the coarsest level has attention
+        pretrained: str | None = None,  # hub id or folder of published weights, read by the trainer; null: none
     ):
         super().__init__()
+        self.pretrained = pretrained
         check_groups(block_channels, norm_groups, "autoencoder")
         self.factor = 2 ** (len(block_channels) - 1)  # image pixels for one latent pixel, each way
         self.encoder = Encoder(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.levels import Level, Number
+from ldm.diffusion.levels import Level, Number, right_pad
 from ldm.diffusion.parameterizations import Parameterization
 from ldm.diffusion.schedulers import Scheduler
 
@@ -22,10 +22,17 @@ class Denoiser:
         self.model = model
         self.scheduler = scheduler
         self.parameterization = parameterization
+        # Karras et al. 2022: c_in. None: the network sees x_t as it is.
+        self.sigma_data = parameterization.sigma_data or scheduler.sigma_data
 
     def output(self, x_t: Tensor, level: Level, cond: Condition) -> Tensor:  # (B,C,H,W) -> (B,C,H,W)
-        """What the network says: an estimate of a x0 + b eps."""
-        x_in = x_t if cond.concat is None else torch.cat([x_t, cond.concat], dim=1)
+        """What the network says: an estimate of a x0 + b eps. Concatenated channels are never scaled."""
+        x_in = x_t
+        if self.sigma_data is not None:
+            alpha, sigma = right_pad(level.alpha, x_t), right_pad(level.sigma, x_t)
+            x_in = x_t / (alpha**2 * self.sigma_data**2 + sigma**2) ** 0.5
+        if cond.concat is not None:
+            x_in = torch.cat([x_in, cond.concat], dim=1)
         return self.model(x_in, _per_sample(level.timestep, x_t), cond)
 
     def x0(self, x_t: Tensor, output: Tensor, level: Level) -> Tensor:

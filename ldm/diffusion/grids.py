@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +11,35 @@ from ldm.diffusion.levels import Level, Levels
 from ldm.diffusion.schedulers import Scheduler
 from ldm.errors import ConfigError
 
-Spacing = Callable[[Scheduler, int], list[float]]
+
+class Positions(list[float]):
+    """Points given by the solvers' coordinate (sigma/alpha, or sigma for rectified flow) instead of time."""
+
+
+Spacing = Callable[[Scheduler, int], list[float]]  # times, or Positions; noisiest first
+
+# Solvers that divide by alpha stand here instead of at alpha = 0 (alpha_bar = 2^-24, sigma/alpha 4096 less a little).
+_NEARLY_PURE_NOISE = math.sqrt(2.0**24 - 1)
 
 
 def linspace(scheduler: Scheduler, num_steps: int) -> list[float]:
-    """Evenly from t = 1 to the table's first entry, both included."""
-    first = 1 / scheduler.num_train_timesteps
+    """Evenly in time from t = 1 to the first entry, both included."""
+    first = scheduler.first_time
     if num_steps == 1:
         return [1.0]
     return [1 - (1 - first) * i / (num_steps - 1) for i in range(num_steps)]
+
+
+def leading(scheduler: Scheduler, num_steps: int, offset: int = 1) -> list[float]:
+    """Entries offset, offset + N//n, ... (as Ho et al. 2020 sampled; Stable Diffusion moved it by 1)."""
+    n = scheduler.num_train_timesteps
+    stride = n // num_steps
+    if num_steps * stride and (num_steps - 1) * stride + offset >= n:
+        raise ConfigError(
+            f"grid=leading with offset={offset} and num_steps={num_steps} would need entry "
+            f"{(num_steps - 1) * stride + offset} of {n}: use num_steps={n // 2} or fewer, or grid.offset=0."
+        )
+    return [((num_steps - 1 - i) * stride + offset + 1) / n for i in range(num_steps)]
 
 
 def trailing(scheduler: Scheduler, num_steps: int) -> list[float]:
@@ -26,35 +47,85 @@ def trailing(scheduler: Scheduler, num_steps: int) -> list[float]:
     return [1 - i / num_steps for i in range(num_steps)]
 
 
+def karras(scheduler: Scheduler, num_steps: int, rho: float = 7.0) -> Positions:
+    """sigma^(1/rho) evenly spaced over the scheduler's range (Karras et al. 2022, Equation 5)."""
+    low, high = (v ** (1 / rho) for v in _range(scheduler))
+    return Positions((high + (low - high) * f) ** rho for f in _fractions(num_steps))
+
+
+def logsnr(scheduler: Scheduler, num_steps: int) -> Positions:
+    """log sigma evenly spaced over the scheduler's range (Lu et al. 2022, Section 3.4)."""
+    low, high = (math.log(v) for v in _range(scheduler))
+    return Positions(math.exp(high + (low - high) * f) for f in _fractions(num_steps))
+
+
+def geometric(scheduler: Scheduler, num_steps: int, ratio: float = 0.9) -> Positions:
+    """Each sigma/alpha `ratio` times the one before, from the scheduler's largest."""
+    if scheduler.coordinate == "sigma":
+        raise ConfigError(
+            "a grid of constant ratios needs a finite sigma/alpha at t = 1, which rectified flow does not have: "
+            "use sampler=euler, or a model of another scheduler."
+        )
+    if not 0 < ratio < 1:
+        raise ConfigError(f"ratio={ratio} must be within 0 and 1, for example 0.9.")
+    return Positions(_range(scheduler)[1] * ratio**i for i in range(num_steps))
+
+
 @dataclass(frozen=True)
 class Conventions:
     """What published samplers do differently on the same spacing.
 
-    rounded: times are rounded to the table's entries.
+    rounded: times are rounded to the table's entries; positions are kept and what the network is told is rounded.
+    extra_point: n steps are the first n of n + 1 points.
     last: the level after the last step: no noise at all, or the table's first entry.
     start: the first x_t is noise ("one"), or sigma of the first level times noise ("sigma").
+    pure_noise: whether the solver takes alpha = 0, or stands a little before it.
     """
 
     rounded: bool = True
+    extra_point: bool = False
     last: Literal["zero", "entry"] = "zero"
     start: Literal["one", "sigma"] = "one"
+    pure_noise: bool = True
 
     def levels(self, scheduler: Scheduler, num_steps: int, spacing: Spacing) -> Levels:
         """The n + 1 levels of n steps. Raises ConfigError when there are no n of them."""
         if num_steps < 1:
             raise ConfigError(f"num_steps={num_steps}: sampling needs at least one step, for example num_steps=30.")
-        times = spacing(scheduler, num_steps)
-        if self.rounded:
-            times = [scheduler.snap(t) for t in times]
-        if len(set(times)) < len(times):
+        points = spacing(scheduler, num_steps + 1 if self.extra_point else num_steps)
+        levels = [self._level(scheduler, point, isinstance(points, Positions)) for point in points[:num_steps]]
+        if len({level.sigma / level.alpha if level.alpha else math.inf for level in levels}) < num_steps:
             raise ConfigError(
                 f"num_steps={num_steps} is more than the scheduler's {scheduler.num_train_timesteps} timesteps "
                 f"can tell apart: use num_steps={scheduler.num_train_timesteps} or fewer."
             )
-        levels = [scheduler.level(t) for t in times]
-        end = 0.0 if self.last == "zero" else 1 / scheduler.num_train_timesteps
-        last = scheduler.level(end)
+        last = scheduler.level_at(0.0) if self.last == "zero" else scheduler.level(scheduler.first_time)
         if levels[-1].sigma <= last.sigma:  # the grid's own last point is already there
             levels.pop()
-        start = 1.0 if self.start == "one" else float(levels[0].sigma)
-        return Levels([*levels, Level(*last)], start, scheduler.coordinate)
+        keeps_signal = levels[0].alpha == 1  # EDM: noise is added to data of full size, and has no other scale
+        start = 1.0 if self.start == "one" and not keeps_signal else float(levels[0].sigma)
+        return Levels([*levels, last], start, scheduler.coordinate)
+
+    def _level(self, scheduler: Scheduler, point: float, is_position: bool) -> Level:
+        if is_position:
+            level = scheduler.level_at_position(point)
+            table = scheduler.coordinate == "ratio" and scheduler.first_time > 0
+            return level._replace(timestep=round(float(level.timestep))) if self.rounded and table else level
+        level = scheduler.level(scheduler.snap(point) if self.rounded else point)
+        if level.alpha == 0 and scheduler.coordinate == "ratio" and not self.pure_noise:
+            nearly = scheduler.level_at(_NEARLY_PURE_NOISE)
+            return level._replace(alpha=nearly.alpha, sigma=nearly.sigma)
+        return level
+
+
+def _fractions(num_steps: int) -> list[float]:
+    return [i / max(1, num_steps - 1) for i in range(num_steps)]
+
+
+def _range(scheduler: Scheduler) -> tuple[float, float]:
+    """The positions of the least and the most noisy entry, finite and above 0."""
+    first = max(scheduler.first_time, 1e-9) if scheduler.coordinate == "sigma" else scheduler.first_time
+    low, top = scheduler.level(first), scheduler.level(1.0)
+    if scheduler.coordinate == "ratio" and top.alpha == 0:
+        return float(scheduler.position(low)), _NEARLY_PURE_NOISE
+    return float(scheduler.position(low)), float(scheduler.position(top))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.levels import Level, Number, right_pad
-from ldm.diffusion.parameterizations import Parameterization
-
-Weighting = Callable[[Number, Number, Parameterization], Tensor]
+from ldm.diffusion.levels import Level, right_pad
+from ldm.diffusion.weightings import Weighting
 
 
 def diffusion_loss(
@@ -20,5 +17,5 @@ def diffusion_loss(
     """weight |out - (a x0 + b eps)|^2, the mean over C, H, W of each sample."""
     x_t = right_pad(level.alpha, x0) * x0 + right_pad(level.sigma, x0) * eps
     error = denoiser.output(x_t, level, cond) - denoiser.parameterization.target(x0, eps, level)
-    weight = weighting(level.alpha, level.sigma, denoiser.parameterization)
+    weight = weighting(torch.as_tensor(level.alpha), torch.as_tensor(level.sigma), denoiser.parameterization)
     return weight.to(error.dtype) * error.square().flatten(1).mean(dim=1)

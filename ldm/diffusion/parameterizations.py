@@ -15,6 +15,7 @@ class Parameterization(ABC):
     """The network's output is an estimate of a x0 + b eps; targets and the jump to x0 follow from (a, b)."""
 
     name: str
+    sigma_data: float | None = None  # where given, the network sees x_t divided by (alpha^2 sigma_data^2 + sigma^2)^0.5
 
     @abstractmethod
     def coefficients(self, alpha: Number, sigma: Number) -> tuple[Number, Number]:
@@ -27,14 +28,14 @@ class Parameterization(ABC):
     def x0(self, x_t: Tensor, output: Tensor, level: Level) -> Tensor:  # (B,C,H,W), (B,C,H,W) -> (B,C,H,W)
         """The jump to x0: (b x_t - sigma out) / (alpha b - sigma a)."""
         alpha, sigma = right_pad(level.alpha, x_t), right_pad(level.sigma, x_t)
-        a, b = self.coefficients(alpha, sigma)
-        scale = alpha * b - sigma * a
+        _, b = self.coefficients(alpha, sigma)
+        scale = self.determinant(alpha, sigma)
         return (b / scale) * x_t - (sigma / scale) * output
 
-    def weight_of_x0_error(self, alpha: Number, sigma: Number) -> Number:
-        """(d x0 / d output)^2: turns a weight on the error of x0 into one on the error of the output."""
+    def determinant(self, alpha: Number, sigma: Number) -> Number:
+        """alpha b - sigma a: (sigma/this)^2 turns a weight on the error of x0 into one on the error of the output."""
         a, b = self.coefficients(alpha, sigma)
-        return (sigma / (alpha * b - sigma * a)) ** 2
+        return alpha * b - sigma * a
 
     def check(self, scheduler: Scheduler) -> None:  # noqa: B027 (most pairs have nothing to refuse)
         """Raises ConfigError where the pair with `scheduler` cannot be trained."""
@@ -84,3 +85,20 @@ class Velocity(Parameterization):
 
     def coefficients(self, alpha, sigma):
         return -1.0, 1.0
+
+
+class EDM(Parameterization):
+    """The preconditioned network of Karras et al. 2022 (Table 1): unit variance in and out at every level.
+
+    c_skip, c_out and c_in follow for any alpha: x0 = (alpha sigma_data^2/s^2) x_t + (sigma sigma_data/s) out,
+    s^2 = alpha^2 sigma_data^2 + sigma^2.
+    """
+
+    name = "edm"
+
+    def __init__(self, sigma_data: float = 1.0):
+        self.sigma_data: float = sigma_data
+
+    def coefficients(self, alpha, sigma):
+        s = (alpha**2 * self.sigma_data**2 + sigma**2) ** 0.5
+        return sigma / (self.sigma_data * s), -alpha * self.sigma_data / s

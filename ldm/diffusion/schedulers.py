@@ -20,6 +20,12 @@ class Scheduler(ABC):
 
     num_train_timesteps: int = 1000
     coordinate: Coordinate = "ratio"
+    sigma_data: float | None = None  # where given, the network sees x_t divided by (alpha^2 sigma_data^2 + sigma^2)^0.5
+
+    @property
+    def first_time(self) -> float:
+        """The time of the least noisy entry that is trained on."""
+        return 1 / self.num_train_timesteps
 
     @abstractmethod
     def level(self, t: Number) -> Level:
@@ -35,7 +41,15 @@ class Scheduler(ABC):
 
     @abstractmethod
     def training_time(self, u: Tensor) -> Tensor:
-        """u, uniform in (0, 1), as a training time."""
+        """u in (0, 1) as a training time: tables go to entry floor(u N), formulas return u."""
+
+    def position(self, level: Level) -> Number:
+        """sigma/alpha, or sigma where the coordinate is that: finite at t = 1 except at zero terminal SNR."""
+        return level.sigma if self.coordinate == "sigma" else level.sigma / level.alpha
+
+    def level_at_position(self, position: Number) -> Level:
+        """The inverse of `position`."""
+        return self.level_at(position)
 
 
 class Table(Scheduler):
@@ -43,17 +57,23 @@ class Table(Scheduler):
 
     Entry i belongs to t = (i + 1)/N. Between entries sigma/alpha is linear in the index; below entry 0 it falls
     linearly to 0 while the timestep stays at 0.
+
+    zero_terminal_snr: the last entry becomes pure noise, alpha exactly 0, and the square roots of alpha_bar are
+        stretched to fit (Lin et al. 2024, Algorithm 1). Nothing is interpolated between the last two entries then.
     """
 
-    def __init__(self, betas: Tensor):
+    def __init__(self, betas: Tensor, zero_terminal_snr: bool = False):
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ConfigError(
                 f"betas must lie in (0, 1), these run from {betas.min():.3g} to {betas.max():.3g}: "
                 "choose smaller beta_start and beta_end."
             )
         alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
+        if zero_terminal_snr:
+            root = alpha_bar.sqrt()
+            alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         self.num_train_timesteps = len(betas)
-        self.ratios = ((1 - alpha_bar) / alpha_bar).sqrt()  # sigma/alpha, (N,)
+        self.ratios = ((1 - alpha_bar) / alpha_bar).sqrt()  # sigma/alpha, (N,); the last may be infinite
         # Index -1 stands for t = 0, where there is no noise.
         self._nodes = torch.cat([torch.zeros(1, dtype=torch.float64), self.ratios])
 
@@ -61,7 +81,9 @@ class Table(Scheduler):
         index = _as_double(t) * self.num_train_timesteps - 1
         index = torch.where((index - index.round()).abs() < 1e-9, index.round(), index)
         low = index.floor().clamp(-1, self.num_train_timesteps - 2).long()
-        ratio = torch.lerp(self._nodes[low + 1], self._nodes[low + 2], index - low)
+        below, above = self._nodes[low + 1], self._nodes[low + 2]
+        nearer = torch.where(index - low > 0.5, above, below)
+        ratio = torch.where(above.isinf(), nearer, torch.lerp(below, above, index - low))
         return self._level(t, ratio, index.clamp(min=0.0))
 
     def level_at(self, ratio: Number) -> Level:
@@ -69,7 +91,8 @@ class Table(Scheduler):
         nodes = self.ratios.log()
         position = wanted.log().clamp(nodes[0], nodes[-1])
         low = (torch.searchsorted(nodes, position, right=True) - 1).clamp(0, self.num_train_timesteps - 2)
-        index = low + (position - nodes[low]) / (nodes[low + 1] - nodes[low])
+        fraction = (position - nodes[low]) / (nodes[low + 1] - nodes[low])
+        index = low + torch.where(position.isinf(), 1.0, fraction)
         return self._level(None, wanted, index, like=ratio)
 
     def snap(self, t: Number) -> Number:
@@ -78,11 +101,10 @@ class Table(Scheduler):
         return (t * n - 1).round().add(1).div(n) if isinstance(t, Tensor) else (round(t * n - 1) + 1) / n
 
     def training_time(self, u: Tensor) -> Tensor:
-        """Entry floor(u N), every entry equally likely."""
         return ((u.double() * self.num_train_timesteps).floor() + 1) / self.num_train_timesteps
 
     def _level(self, t: Number | None, ratio: Tensor, timestep: Tensor, like: Number | None = None) -> Level:
-        alpha = (1 + ratio**2).rsqrt()
+        alpha = (1 + ratio**2).rsqrt()  # 0 at an infinite ratio
         sigma = torch.where(ratio.isinf(), 1.0, ratio * alpha)
         if t is None:
             t_tensor = torch.where(ratio < self.ratios[0], ratio / self.ratios[0], timestep + 1)
@@ -98,43 +120,144 @@ class Table(Scheduler):
 class Linear(Table):
     """betas evenly spaced (Ho et al. 2020)."""
 
-    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000):
-        super().__init__(torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64))
+    def __init__(
+        self,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
+    ):
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+        super().__init__(betas, zero_terminal_snr)
 
 
 class ScaledLinear(Table):
     """Square roots of betas evenly spaced: Stable Diffusion 1 and 2 (Rombach et al. 2022)."""
 
-    def __init__(self, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000):
+    def __init__(
+        self,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
+    ):
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
-        super().__init__(roots**2)
+        super().__init__(roots**2, zero_terminal_snr)
 
 
 class Cosine(Table):
     """alpha_bar = cos^2 of time, betas capped (Nichol and Dhariwal 2021, Equation 17)."""
 
-    def __init__(self, offset: float = 0.008, max_beta: float = 0.999, num_train_timesteps: int = 1000):
+    def __init__(
+        self,
+        offset: float = 0.008,
+        max_beta: float = 0.999,
+        num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
+    ):
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+        super().__init__(_betas(alpha_bar, max_beta), zero_terminal_snr)
+
+
+class Sigmoid(Table):
+    """alpha_bar a falling sigmoid of time between `start` and `end` (Jabri et al. 2022, Algorithm 5), betas capped."""
+
+    def __init__(
+        self,
+        start: float = -3.0,
+        end: float = 3.0,
+        temperature: float = 1.0,
+        max_beta: float = 0.999,
+        num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
+    ):
+        if not start < end or temperature <= 0:
+            raise ConfigError(
+                f"scheduler.start={start}, end={end}, temperature={temperature}: start must be below end and the "
+                "temperature above 0, for example -3, 3 and 1."
+            )
+        t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
+        first, last = torch.sigmoid(torch.tensor([start, end], dtype=torch.float64) / temperature)
+        alpha_bar = (last - torch.sigmoid((start + t * (end - start)) / temperature)) / (last - first)
+        super().__init__(_betas(alpha_bar, max_beta), zero_terminal_snr)
 
 
 class Flow(Scheduler):
-    """Rectified flow: alpha = 1 - t, sigma = t (Liu et al. 2022; Esser et al. 2024)."""
+    """Rectified flow: alpha = 1 - sigma (Liu et al. 2022; Esser et al. 2024).
+
+    shift: sigma = shift t/(1 + (shift - 1) t), more of the time at high noise, for larger pictures (Equation 23).
+    """
 
     coordinate: Coordinate = "sigma"
 
+    def __init__(self, shift: float = 1.0):
+        if shift <= 0:
+            raise ConfigError(f"scheduler.shift={shift} must be above 0: 1 leaves time as it is, 3 suits 1024 pixels.")
+        self.shift = shift
+
     def level(self, t: Number) -> Level:
-        return Level(t, 1 - t, t, 1000 * t)
+        sigma = self.shift * t / (1 + (self.shift - 1) * t)
+        return Level(t, 1 - sigma, sigma, 1000 * sigma)
 
     def level_at(self, ratio: Number) -> Level:
-        return self.level(ratio / (1 + ratio) if not math.isinf(float(_as_double(ratio).max())) else 1.0)
+        return self.level_at_position(1 - 1 / (1 + ratio))  # 1 at an infinite ratio
+
+    def level_at_position(self, position: Number) -> Level:
+        t = position / (self.shift - (self.shift - 1) * position)
+        return Level(t, 1 - position, position, 1000 * position)
 
     def snap(self, t: Number) -> Number:
         return t
 
     def training_time(self, u: Tensor) -> Tensor:
         return u.double()
+
+
+class EDM(Scheduler):
+    """alpha = 1, sigma^(1/rho) linear in t from sigma_min to sigma_max (Karras et al. 2022, Equation 5).
+
+    sigma_data is 1 because latents are standardised. Below sigma_min the network is told sigma_min's timestep.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float | None = 1.0
+    ):
+        if not 0 < sigma_min < sigma_max:
+            raise ConfigError(
+                f"scheduler.sigma_min={sigma_min} and sigma_max={sigma_max}: they must be above 0 and in this order."
+            )
+        self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+
+    @property
+    def first_time(self) -> float:
+        return 0.0
+
+    def level(self, t: Number) -> Level:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return self._level(t, (low + t * (high - low)) ** self.rho)
+
+    def level_at(self, ratio: Number) -> Level:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        inside = _as_double(ratio).clamp(self.sigma_min, self.sigma_max)
+        t = (inside ** (1 / self.rho) - low) / (high - low)
+        return self._level(t if isinstance(ratio, Tensor) else t.item(), ratio)
+
+    def snap(self, t: Number) -> Number:
+        return t
+
+    def training_time(self, u: Tensor) -> Tensor:
+        return u.double()
+
+    def _level(self, t: Number, sigma: Number) -> Level:
+        known = _as_double(sigma).clamp(self.sigma_min, self.sigma_max).log() / 4
+        if isinstance(sigma, Tensor):
+            return Level(t, torch.ones_like(sigma), sigma, known)
+        return Level(t, 1.0, sigma, known.item())
+
+
+def _betas(alpha_bar: Tensor, max_beta: float) -> Tensor:
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
 
 def _as_double(value: Number) -> Tensor:

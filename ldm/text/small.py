@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from ldm.diffusion.condition import Condition
-from ldm.text.encoder import CLIPTokenized
+from ldm.text.clip import CLIPText
 
 
-class SmallTextEncoder(CLIPTokenized):
-    """ids (B, L) -> context (B, L, width): transformers' CLIPTextModel, its last states after the final norm.
-
-    Its weights are called `text_model....` as in published Stable Diffusion files; names without that prefix load too.
-    """
+class SmallTextEncoder(CLIPText):
+    """ids (B, L) -> context (B, L, width), from fresh weights and a vocabulary built from the training captions."""
 
     trainable = True
 
@@ -29,45 +21,7 @@ class SmallTextEncoder(CLIPTokenized):
         heads: int = 4,
         tokenizer: str | None = None,  # folder, read at the first caption
     ):
-        super().__init__(vocab_size, max_length, tokenizer)
-        self.context_dim = width
-        config = CLIPTextConfig(
-            vocab_size=vocab_size,
-            max_position_embeddings=max_length,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            # Until a tokenizer says better; they only choose the pooled state, which is not used here.
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
-        )
-        self.text_model = CLIPTextModel(config)
+        super().__init__(vocab_size, max_length, width, layers, heads, tokenizer=tokenizer)
         # CLIP's own embeddings start at 0.02: words then drown in the residual stream before a short training can tell
         # them apart. On the quickstart's shapes the colour words were still ignored after 1,000 steps.
         nn.init.normal_(self.text_model.get_parameter("embeddings.token_embedding.weight"), std=1.0)
-        self.register_load_state_dict_pre_hook(_accept_both_spellings)
-
-    def set_tokenizer(self, tokenizer: CLIPTokenizer) -> None:
-        super().set_tokenizer(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # so that the saved configuration is true
-            setattr(self.text_model.config, name, getattr(tokenizer, name))
-        self.text_model.eos_token_id = tokenizer.eos_token_id
-
-    def forward(self, ids: Tensor) -> Condition:
-        # Positions are given, because the module's own are a buffer that building on the meta device leaves empty.
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        # mask None: like Stable Diffusion, models attend to the padding too.
-        return Condition(context=self.text_model(input_ids=ids, position_ids=positions).last_hidden_state)
-
-
-def _accept_both_spellings(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Renames `embeddings...` to `text_model.embeddings...`: transformers 5.6 dropped the level of older files."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key.removeprefix(prefix)
-        if name.endswith("embeddings.position_ids"):
-            del state[key]  # old files carry 0, 1, 2, ...
-        elif name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-            state[f"{prefix}text_model.{name}"] = state.pop(key)

@@ -122,11 +122,13 @@ def build_module(config: Config, parts: Parts) -> TrainedModule:
     if config["module"] == "autoencoder":
         return AutoencoderTraining(parts.autoencoder, recipe, draws, config["kl_weight"])
     assert parts.denoiser is not None and parts.text_encoder is not None
+    weighting = build(config["weighting"], "weighting")
+    weighting.check(parts.denoiser.scheduler)
     return LatentDiffusion(
         parts.denoiser,
         parts.autoencoder,
         parts.text_encoder,
-        build(config["weighting"], "weighting"),
+        weighting,
         build(config["times"], "times"),
         recipe,
         draws,

@@ -13,8 +13,9 @@ from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.levels import right_pad
-from ldm.diffusion.loss import Weighting, diffusion_loss
-from ldm.diffusion.times import Uniform
+from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.times import Times
+from ldm.diffusion.weightings import Weighting
 from ldm.pictures import curve
 from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import to_unit
@@ -36,7 +37,7 @@ class LatentDiffusion(TrainedModule):
         autoencoder: AutoencoderKL,  # frozen
         text_encoder: TextEncoder,  # trained where it says so itself
         weighting: Weighting,
-        times: Uniform,
+        times: Times,
         recipe: Recipe,
         draws: Draws,
         caption_dropout: float = 0.1,  # share of captions replaced by "", which guidance needs
@@ -127,7 +128,8 @@ class LatentDiffusion(TrainedModule):
             x_t = right_pad(level.alpha, x0) * x0 + right_pad(level.sigma, x0) * eps
             output = self.denoiser.output(x_t, level, cond)
             error = (output - self.denoiser.parameterization.target(x0, eps, level)).square().flatten(1).mean(1)
-            weight = self.weighting(level.alpha, level.sigma, self.denoiser.parameterization)
+            alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
+            weight = self.weighting(alpha, sigma, self.denoiser.parameterization)
             losses.append(weight.to(error.dtype) * error)
             jump = (self.denoiser.x0(x_t, output, level) - x0).square().flatten(1).mean(1)
             values[f"val/loss_by_t/{i}"], values[f"val/x0_error_by_t/{i}"] = losses[-1], jump

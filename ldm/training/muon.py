@@ -38,15 +38,16 @@ class Muon(torch.optim.AdamW):
     ):
         if not 0 <= momentum < 1:
             raise ConfigError(f"optimizer.momentum={momentum} must be at least 0 and below 1; 0.95 is usual.")
-        matrices, others = [], []
-        for name, p in params:
-            (matrices if p.ndim >= 2 and not any(part in name for part in adamw) else others).append((name, p))
+        named = list(params)
+        matrices = [(n, p) for n, p in named if p.ndim >= 2 and not any(part in n for part in adamw)]
+        taken = {name for name, _ in matrices}
+        others = [(n, p) for n, p in named if n not in taken]
         groups = [
             {"params": chosen, "orthogonal": orthogonal, "momentum": momentum}
             for chosen, orthogonal in ((matrices, True), (others, False))
             if chosen
         ]
-        super().__init__(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay, eps=eps, fused=True)
+        super().__init__(groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True)
         # The gradient scaler must undo its scale before our part sees a gradient.
         self._step_supports_amp_scaling = False
 
@@ -89,18 +90,30 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
     Singular values end between 0.7 and 1.2, except those below 1e-3 of the largest, which need more steps.
     """
-    a, b, c = _QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)  # the Frobenius norm bounds the largest singular value
-    # Every step multiplies x from the left by a polynomial of its Gram matrix. These all commute, so the iteration
-    # runs on the small square matrices alone: two and a half times less work for 3x3 convolutions.
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[1], device=x.device)
-    total = None
-    for _ in range(steps):
-        factor = a * identity + b * gram + c * gram @ gram
-        total = factor if total is None else factor @ total
-        gram = factor @ gram @ factor
-    x = total @ x if total is not None else x
+    x = _iterate_gram(x, steps) if x.shape[2] > 2 * x.shape[1] else _iterate(x, steps)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _iterate(x: Tensor, steps: int) -> Tensor:  # (N, R, C), R <= C
+    a, b, c = _QUINTIC
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _iterate_gram(x: Tensor, steps: int) -> Tensor:
+    """The same numbers: the factors are polynomials of one Gram matrix and commute, so they can be multiplied together
+    as small square matrices and applied once. Half the time for 3x3 convolutions."""
+    a, b, c = _QUINTIC
+    gram = x @ x.mT
+    total = torch.eye(x.shape[1], device=x.device).expand_as(gram)
+    for _ in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        total = factor @ total
+        gram = factor @ (gram @ factor)
+    return total @ x

@@ -24,6 +24,7 @@ from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, 
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_manifest
 from ldm.training.logging import RunLogger, silence_advertisements
+from ldm.training.pretrained import check_pretrained, load_pretrained
 from ldm.training.run_directory import RunDirectory
 
 # What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
@@ -53,10 +54,13 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     config: resolved, plain. path_of: (digest) -> run directory, so that the name may hold the digest.
     """
     config = copy.deepcopy(config)
+    if not config["checkpoint"]:
+        has_latents = bool(config["shards"]) and (Path(config["shards"]) / "autoencoder").is_dir()
+        check_pretrained(build_parts(config, device="meta"), needs_autoencoder=not has_latents)
     data = _open_data(config)
     start = _starting_checkpoint(config, data)
     tokenizer = None
-    if config["module"] == "latent_diffusion" and "vocab_size" in config["text_encoder"]:
+    if config["module"] == "latent_diffusion" and _builds_vocabulary(config["text_encoder"]):
         tokenizer = _tokenizer(data, config["text_encoder"])
     identity = _identity(config, data, start)
     directory = RunDirectory(path_of(digest(identity)), config, identity)
@@ -68,7 +72,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     parts = build_parts(config)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
         parts.text_encoder.set_tokenizer(tokenizer)
-    _fill_from_checkpoints(parts, start, config)
+    load_pretrained(parts, _fill_from_checkpoints(parts, start, config))
     return _fit(config, data, parts, directory)
 
 
@@ -84,6 +88,11 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
             f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards."
         )
     return data
+
+
+def _builds_vocabulary(node: dict[str, Any]) -> bool:
+    """Whether the captions decide the words: not where weights or a tokenizer are given."""
+    return "vocab_size" in node and not node.get("pretrained") and not node.get("tokenizer")
 
 
 def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
@@ -103,10 +112,10 @@ def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[
         start["latents"] = find(Path(config["shards"]) / "autoencoder")
     if config["checkpoint"]:
         start["given"] = find(config["checkpoint"])
-    if config["module"] == "latent_diffusion" and not start:
+    if config["module"] == "latent_diffusion" and not start and not config["autoencoder"].get("pretrained"):
         raise ConfigError(
-            "latent diffusion needs a trained autoencoder: give checkpoint=RUN (of module=autoencoder), or shards= of "
-            "latents that task=encode wrote."
+            "latent diffusion needs a trained autoencoder: give checkpoint=RUN (of module=autoencoder), shards= of "
+            "latents that task=encode wrote, or autoencoder.pretrained= (hub id or folder)."
         )
     return start
 
@@ -125,7 +134,9 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
     }
 
 
-def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> None:
+def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> set[str]:
+    """Which parts were filled: vae, unet, text_encoder."""
+    filled: set[str] = set()
     for kind, folder in start.items():
         states = load_parts(folder, config["weights"])
         if kind == "latents":
@@ -133,6 +144,8 @@ def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[st
         elif "latents" in start and "vae" in states:
             _check_same_autoencoder(start["latents"], folder)
         fill_parts(parts, states, folder)
+        filled |= states.keys()
+    return filled
 
 
 def _check_same_autoencoder(latents: Path, given: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -37,13 +37,19 @@ Solve = Callable[..., Iterator[Step]]  # (denoise, levels, x, noise, **its own o
 
 @dataclass(frozen=True)
 class Solver:
-    """A named sampler: its steps, and the grid it walks where nothing else is said."""
+    """A named sampler: its steps, and the grid it walks where nothing else is said.
+
+    own_grid: the method works on this spacing only; another is refused.
+    """
 
     solve: Solve
     spacing: Spacing = trailing
     conventions: Conventions = field(default_factory=Conventions)
+    own_grid: bool = False
 
     def levels(self, scheduler: Scheduler, num_steps: int, spacing: Spacing | None = None) -> Levels:
+        if spacing is not None and self.own_grid:
+            raise ConfigError(f"sampler={self.name} walks its own grid: leave grid= out.")
         return self.conventions.levels(scheduler, num_steps, spacing or self.spacing)
 
     def __call__(self, denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Iterator[Step]:
@@ -53,7 +59,11 @@ class Solver:
         """The same sampler with this share of fresh noise; ConfigError where the method has no such thing."""
         if eta is None:
             return self
-        function = self.solve.func if isinstance(self.solve, partial) else self.solve
-        if "eta" not in inspect.signature(function).parameters:
-            raise ConfigError(f"eta={eta}: sampler {function.__name__} has no eta; leave it out or use sampler=ddim.")
-        return Solver(partial(self.solve, eta=eta), self.spacing, self.conventions)
+        if "eta" not in inspect.signature(self.solve).parameters:
+            raise ConfigError(f"eta={eta}: sampler {self.name} has no eta; leave it out or use sampler=ddim.")
+        return replace(self, solve=partial(self.solve, eta=eta))
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return (self.solve.func if isinstance(self.solve, partial) else self.solve).__name__

@@ -1,0 +1,80 @@
+"""CLIP's text encoder in any size: Stable Diffusion's, frozen and pretrained, and the base of the small trained one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.diffusion.condition import Condition
+from ldm.text.encoder import CLIPTokenized
+
+
+class CLIPText(CLIPTokenized):
+    """ids (B, L) -> context (B, L, width): transformers' CLIPTextModel, its last states after the final norm.
+
+    Its weights are called `text_model....` as in published Stable Diffusion files; names without that prefix load too.
+    Stable Diffusion 2 reads OpenCLIP-H before its last layer: that is `layers` one fewer than the published weights
+    have, and the surplus is left out when they are loaded (`pretrained`: a hub id or a folder, read by the trainer).
+    """
+
+    trainable = False
+
+    def __init__(
+        self,
+        vocab_size: int = 49408,  # rows of the embedding: at least the tokenizer's
+        max_length: int = 77,  # tokens of a caption with its two marks
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        activation: str = "quick_gelu",
+        pad: str | None = None,  # the token that fills captions up; null: the tokenizer's own
+        tokenizer: str | None = None,  # folder, read at the first caption; null: the one beside `pretrained`
+        pretrained: str | None = None,  # hub id or folder of the weights; null: fresh ones, or a checkpoint's
+    ):
+        super().__init__(vocab_size, max_length, tokenizer)
+        self.context_dim = width
+        self.pad = pad
+        self.pretrained = pretrained
+        config = CLIPTextConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=activation,
+            # Until a tokenizer says better; they only choose the pooled state, which is not used here.
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        )
+        self.text_model = CLIPTextModel(config)
+        self.register_load_state_dict_pre_hook(_accept_both_spellings)
+
+    def set_tokenizer(self, tokenizer: CLIPTokenizer) -> None:
+        if self.pad is not None:
+            tokenizer.pad_token = self.pad
+        super().set_tokenizer(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # so that the saved configuration is true
+            setattr(self.text_model.config, name, getattr(tokenizer, name))
+        self.text_model.eos_token_id = tokenizer.eos_token_id
+
+    def forward(self, ids: Tensor) -> Condition:
+        # Positions are given, because the module's own are a buffer that building on the meta device leaves empty.
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        # mask None: like Stable Diffusion, models attend to the padding too.
+        return Condition(context=self.text_model(input_ids=ids, position_ids=positions).last_hidden_state)
+
+
+def _accept_both_spellings(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Renames `embeddings...` to `text_model.embeddings...`: transformers 5.6 dropped the level of older files."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.endswith("embeddings.position_ids"):
+            del state[key]  # old files carry 0, 1, 2, ...
+        elif name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+            state[f"{prefix}text_model.{name}"] = state.pop(key)
