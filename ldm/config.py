@@ -57,6 +57,7 @@ class Root:
     caption_dropout: float = key(0.1, "train", "share of captions replaced by the empty one, for guidance")
     noises_per_image: int = key(1, "train", "(t, eps) pairs drawn for each encoded image")
     kl_weight: float = key(1e-6, "train", "weight of the KL term (module=autoencoder)")
+    reconstruction: str = key("squared", "train", "error of module=autoencoder: squared, absolute or both")
     checkpoint: str | None = key(
         None, "train sample evaluate encode", "run directory or checkpoint folder to start from"
     )

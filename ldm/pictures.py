@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ def film_strip(frames: Sequence[Frame], prompts: Sequence[str] = (), side: int =
     for column, frame in enumerate(frames):
         x = left + column * (width + MARGIN)
         draw.multiline_text(
-            (x, 2), f"step {frame.number}\nsigma {frame.sigma:.3g}", fill="black", font=_font(), spacing=1
+            (x, 2), f"step {frame.number}\nsigma {_short(frame.sigma)}", fill="black", font=_font(), spacing=1
         )
         for i in range(count):
             y = head + i * block + between
@@ -79,18 +79,24 @@ def film_strip(frames: Sequence[Frame], prompts: Sequence[str] = (), side: int =
     return sheet
 
 
-def curve(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> Image.Image:
-    """A small figure of y against x, x on a logarithmic axis."""
+def curves(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Image.Image:
+    """A small figure of named lines against x, x on a logarithmic axis; the first has dots, the others are dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 3), dpi=100, layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel=x_label, ylabel=y_label)
-    axes.plot(x, y, marker="o")
+    for i, (name, y) in enumerate(lines.items()):
+        axes.plot(x, y, marker="o" if i == 0 else None, linestyle="-" if i == 0 else "--", label=name)
+    axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"  # 20291, not 2.03e+04: columns are narrow
 
 
 def _enlarged(image: Tensor, side: int) -> Image.Image:

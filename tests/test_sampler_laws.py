@@ -145,7 +145,7 @@ def test_order_of_convergence(sampler):
     errors = []
     for n in (80, 160):
         ratios = [10 * (0.05 / 10) ** (i / n) for i in range(n + 1)]
-        levels = Levels([scheduler.level_at(r) for r in ratios], 1.0, "ratio")
+        levels = Levels([scheduler.level_at(r) for r in ratios], 1.0, "ratio", scheduler.level_at)
         x = randn(64, 4, 1, 1) * levels[0].sigma
         exact = law().flow(x, levels[0], levels[-1])
         errors.append(((final(solver, levels, x) - exact) / levels[-1].alpha).abs().max().item())

@@ -104,7 +104,7 @@ class Conventions:
             levels.pop()
         keeps_signal = levels[0].alpha == 1  # EDM: noise is added to data of full size, and has no other scale
         start = 1.0 if self.start == "one" and not keeps_signal else float(levels[0].sigma)
-        return Levels([*levels, last], start, scheduler.coordinate)
+        return Levels([*levels, last], start, scheduler.coordinate, scheduler.level_at_position)
 
     def _level(self, scheduler: Scheduler, point: float, is_position: bool) -> Level:
         if is_position:

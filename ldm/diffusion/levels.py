@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,10 +49,17 @@ class Levels(Sequence[Level]):
         (tables, EDM), "sigma" is x over sigma (rectified flow, where alpha is 0 at t = 1).
     """
 
-    def __init__(self, levels: Sequence[Level], start: float, coordinate: Coordinate):
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        start: float,
+        coordinate: Coordinate,
+        at: Callable[[Number], Level] | None = None,
+    ):
         self._levels = tuple(levels)
         self.start = start
         self.coordinate = coordinate
+        self._at = at
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -62,8 +69,14 @@ class Levels(Sequence[Level]):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Levels(self._levels[index], self.start, self.coordinate)
+            return Levels(self._levels[index], self.start, self.coordinate, self._at)
         return self._levels[index]
+
+    def at(self, position: Number) -> Level:
+        """The scheduler's level at a position between two of these, for solvers that look half-way."""
+        if self._at is None:
+            raise ValueError("these levels were made by hand, without a scheduler: give Levels(..., at=...).")
+        return self._at(position)
 
     def scale(self, level: Level) -> Number:
         """What x_t is divided by in the slope solvers' coordinate."""

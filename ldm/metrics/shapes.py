@@ -35,7 +35,7 @@ WORDS = {
 }
 SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "big": "large"}
 NONE = -1  # index of an attribute that could not be read
-SIZE_BORDER = 0.625  # of the picture's side: what is wider on average is large
+SIZE_BORDER = 0.6  # of the picture's side: what is wider on average is large
 PLACE_BORDER = 0.29  # 0: equal room on both sides; 1: the figure touches one side
 # Of figures and grounds alike: a grey figure must not pass for the nearest of the eight colours.
 _ANCHORS = torch.tensor([*FIGURE_COLOURS.values(), *GROUND_COLOURS.values()], dtype=torch.float32) / 255

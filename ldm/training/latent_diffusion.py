@@ -12,11 +12,12 @@ from ldm.autoencoders.kl import AutoencoderKL
 from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.exact import Gaussian
 from ldm.diffusion.levels import right_pad
 from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.times import Times
 from ldm.diffusion.weightings import Weighting
-from ldm.pictures import curve
+from ldm.pictures import curves
 from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import to_unit
 from ldm.training.module import Recipe, TrainedModule
@@ -24,6 +25,8 @@ from ldm.training.randomness import Draws, normal, stratified, uniform
 from ldm.training.totals import Totals, binned
 
 VALIDATION_TIMES = 10  # the fixed grid of t at which every validation image is denoised
+# Standardised latents have mean 0 and deviation 1 in every channel.
+_STANDARD_NORMAL = Gaussian(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
 
 
 class LatentDiffusion(TrainedModule):
@@ -111,16 +114,20 @@ class LatentDiffusion(TrainedModule):
         return losses.mean()
 
     def validation_names(self) -> list[str]:
-        return ["val/loss", *binned("val/loss_by_t"), *binned("val/x0_error_by_t")]
+        return ["val/loss", "val/gaussian_loss", *binned("val/loss_by_t"), *binned("val/x0_error_by_t")]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Every image at the same fixed (t, eps): differences between two validations are the model's alone."""
+        """Every image at the same fixed (t, eps): differences between two validations are the model's alone.
+
+        val/gaussian_loss is the smallest loss of whoever knows the latents' mean and variance only; what the model is
+        below it, it has learnt about pictures.
+        """
         captions, seed = batch["caption"], self.draws.seed
         # The loader deals whole batches to ranks in turn, so the index is the sample's own.
         positions = batch["index"].tolist()
         x0 = self.latents(batch, "validation_posterior", 0, positions)
         cond, values = self.condition(captions), {}
-        losses = []
+        losses, gaussian_losses = [], []
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(x0),), (i + 0.5) / VALIDATION_TIMES, dtype=torch.float64)
             level = self.denoiser.scheduler.level(self.denoiser.scheduler.snap(t)).to(x0.device)
@@ -131,9 +138,12 @@ class LatentDiffusion(TrainedModule):
             alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
             weight = self.weighting(alpha, sigma, self.denoiser.parameterization)
             losses.append(weight.to(error.dtype) * error)
+            slope = self.denoiser.parameterization.determinant(alpha, sigma) / sigma
+            gaussian_losses.append(weight * slope**2 * _STANDARD_NORMAL.irreducible_loss(level))
             jump = (self.denoiser.x0(x_t, output, level) - x0).square().flatten(1).mean(1)
             values[f"val/loss_by_t/{i}"], values[f"val/x0_error_by_t/{i}"] = losses[-1], jump
-        return {"val/loss": torch.stack(losses).mean(0), **values}
+        gaussian = torch.stack(gaussian_losses).mean(0)
+        return {"val/loss": torch.stack(losses).mean(0), "val/gaussian_loss": gaussian, **values}
 
     def validation_pictures(self, values: dict[str, float]) -> dict[str, Image.Image]:
         """The error of the jump to x0 against sigma: late jumps are sharp, early ones an average."""
@@ -142,4 +152,6 @@ class LatentDiffusion(TrainedModule):
         levels = [scheduler.level(t) for t in times]
         sigmas = [float(level.sigma / level.alpha) for level in levels]
         errors = [values[f"val/x0_error_by_t/{i}"] for i in range(VALIDATION_TIMES)]
-        return {"x0_error": curve(sigmas, errors, "sigma / alpha", "mean squared error of the jump to x0")}
+        gaussian = [float(_STANDARD_NORMAL.irreducible_loss(level)) for level in levels]
+        lines = {"model": errors, "mean and variance known": gaussian}
+        return {"x0_error": curves(sigmas, lines, "sigma / alpha", "squared error of the jump")}

@@ -29,7 +29,7 @@ from ldm.training.run_directory import RunDirectory
 
 # What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
 IDENTITY = {
-    "autoencoder": ("module", "autoencoder", "kl_weight", "optimizer", "lr_scheduler", "ema", "seed"),
+    "autoencoder": ("module", "autoencoder", "kl_weight", "reconstruction", "optimizer", "lr_scheduler", "ema", "seed"),
     "latent_diffusion": (
         *("module", "model", "autoencoder", "text_encoder", "scheduler", "parameterization", "weighting", "times"),
         *("caption_dropout", "noises_per_image", "optimizer", "lr_scheduler", "ema", "seed"),
