@@ -20,6 +20,7 @@ from ldm.errors import ConfigError
 
 TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective")
 MODULES = ("latent_diffusion", "autoencoder")
+RECONSTRUCTIONS = ("squared", "absolute", "both")
 
 
 def key(default: Any, tasks: str, text: str) -> Any:
@@ -154,6 +155,8 @@ def check_keys_are_read(task: str, overrides: Sequence[str]) -> None:
 def check(config: DictConfig) -> None:
     """Raises one ConfigError that lists every value which cannot be, before anything is built."""
     problems = []
+    if config.reconstruction not in RECONSTRUCTIONS:
+        problems.append(f"reconstruction={config.reconstruction}: choose one of {', '.join(RECONSTRUCTIONS)}.")
     if config.module not in MODULES:
         problems.append(f"module={config.module}: choose one of {', '.join(MODULES)}.{nearest(config.module, MODULES)}")
     if config.weights not in ("ema", "raw"):

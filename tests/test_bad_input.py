@@ -21,6 +21,8 @@ FAST = [  # arguments, words of the one line
     (["trainer={"], "cannot be read"),
     (["batch_size=0"], "batch_size=0: must be at least 1"),
     (["module=autoencodr"], "Did you mean 'autoencoder'?"),
+    (["module=autoencoder", "reconstruction=l2"], "reconstruction=l2: choose one of squared"),
+    (["task=objective", "shards=x"], "is not read by task=objective"),
 ]
 CHECKED = [
     (["trainer.max_steps=ten"], "trainer.max_steps='ten': expected int"),
@@ -32,6 +34,9 @@ CHECKED = [
     (["task=sample", "prompt=x"], "checkpoint=RUN"),
     (["task=prepare", "source=emoji", "source.font=/nowhere.ttf", "output=out"], "nowhere.ttf"),
     (["experiment=quickstart", "parameterization=eps", "scheduler=flow", "debug=fast_dev_run"], "parameterization=v"),
+    (["experiment=sd_base", "shards=x"], "autoencoder.pretrained=DIR"),
+    (["experiment=sd_base", "shards=x"], "text_encoder.pretrained=DIR"),
+    (["task=objective", "sampler=add_back", "grid=karras", "output=out"], "leave grid= out"),
 ]
 
 

@@ -38,7 +38,6 @@ def test_the_readmes_sampler_works_as_printed(tmp_path, tiny_run):
         "pytest",
         "-n",
         "0",
-        "-q",
         "tests/test_sampler_laws.py",
         "tests/test_conf.py",
         "-k",

@@ -67,6 +67,17 @@ def test_killed_and_started_again_is_the_same_run(point, data, uninterrupted, tm
     assert pictures == sorted(p.name for p in (whole / "images").glob("*.png"))
 
 
+def test_muon_resumes_exactly_too(data, tmp_path, monkeypatch):
+    muon = ["optimizer=muon", "max_steps=6"]
+    run(tmp_path / "whole", data, monkeypatch, Spy(), *muon)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", data, monkeypatch, Spy(die_at=("backward", 4)), *muon)
+    run(tmp_path / "run", data, monkeypatch, Spy(), *muon)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    ends = [fingerprint(all_folders(tmp_path / name)[-1]) for name in ("run", "whole")]
+    assert ends[0] == ends[1]
+
+
 def test_larger_max_steps_continues_and_finished_is_left_alone(data, tmp_path, monkeypatch):
     constant = ["lr_scheduler=constant"]
     run(tmp_path / "run", data, monkeypatch, Spy(), "max_steps=4", *constant)

@@ -41,6 +41,16 @@ def test_ema_is_the_recursion_and_swaps_back_after_an_error():
         EMA(decay=1.0)
 
 
+def test_a_loaded_average_has_the_weights_memory_layout():
+    """Or a resumed run's validation differs from the uninterrupted one's in the last digit."""
+    p = {"w": nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))}
+    ema, again = EMA(), EMA()
+    ema.start(p)
+    again.load({k: v.contiguous() for k, v in ema.state().items()}, 3)
+    again.start(p)
+    assert again.shadow["w"].stride() == p["w"].stride() and torch.equal(again.shadow["w"], p["w"])
+
+
 def test_totals_are_exact_over_any_split():
     values, t = torch.rand(100, dtype=torch.float64), torch.rand(100, dtype=torch.float64)
     whole, parts = Totals(["x", *binned("b")]), Totals(["x", *binned("b")])

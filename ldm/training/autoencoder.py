@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoders.kl import AutoencoderKL
-from ldm.errors import ConfigError
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, normal
 from ldm.training.totals import Totals
@@ -47,8 +46,6 @@ class AutoencoderTraining(TrainedModule):
         reconstruction: str = "squared",
     ):
         super().__init__(recipe, draws)
-        if reconstruction not in ERRORS:
-            raise ConfigError(f"reconstruction={reconstruction} is none of {', '.join(ERRORS)}.")
         self.error = ERRORS[reconstruction]
         self.autoencoder = autoencoder
         self.kl_weight = kl_weight

@@ -26,9 +26,12 @@ class EMA:
 
     @torch.no_grad()
     def start(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Begins from the weights as they are; shadows that a checkpoint has filled are moved beside them."""
+        """Begins from the weights as they are; shadows that a checkpoint has filled are moved beside them.
+
+        Also into their memory layout: convolutions round differently in another, and a resumed run must not.
+        """
         if self.shadow.keys() == parameters.keys():
-            self.shadow = {k: self.shadow[k].to(p.device) for k, p in parameters.items()}
+            self.shadow = {k: torch.empty_like(p).copy_(self.shadow[k]) for k, p in parameters.items()}
         else:
             self.shadow = {k: p.detach().clone() for k, p in parameters.items()}
 
