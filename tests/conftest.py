@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from loader_data import dataset
 from tiny_run import make_tiny_run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +20,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_run"
     with FileLock(f"{shared}.lock"):
         return make_tiny_run(shared)
+
+
+@pytest.fixture(scope="session")
+def fifty(tmp_path_factory) -> Path:
+    return dataset(tmp_path_factory.mktemp("data") / "fifty", 50)

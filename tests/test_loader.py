@@ -1,14 +1,13 @@
 """Loaders: an epoch is a function of (seed, epoch, geometry); a resumed run sees what the uninterrupted one saw."""
 
-import io
 from itertools import chain
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from loader_data import dataset, encoded, keys, loader, module
 from PIL import Image
 
 from ldm.data.check import check_dataset
@@ -16,55 +15,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.data.plan import Geometry, epoch_order, order
 from ldm.data.samples import sequential
 from ldm.data.shards import open_shards, open_split
-from ldm.data.sources.item import Item, image_item
-from ldm.data.transforms import open_image, read_npy, resize_and_crop, to_rgb
-from ldm.data.writer import write_dataset
 from ldm.errors import ConfigError
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=True)
-    return file.getvalue()
-
-
-def dataset(folder: Path, n: int, bad: dict[int, dict[str, bytes]] | None = None, size: int = 8) -> Path:
-    """n pictures whose red says which they are; `bad` puts other fields in place of some."""
-
-    def items():
-        for i in range(n):
-            picture = Image.new("RGB", (size, size), (i % 256, 0, 0))
-            item = image_item(encoded(picture), "png", f"picture {i}")
-            yield Item(bad[i]) if bad and i in bad else item
-
-    write_dataset(items(), folder, samples_per_shard=16)
-    return folder
-
-
-def module(path: Path, batch_size: int = 4, **options) -> ShardDataModule:
-    options = {"validation_fraction": 0.0, "threads": 2} | options
-    return ShardDataModule(str(path), 8, batch_size, **options)
-
-
-def loader(path: Path, rank: int = 0, world: int = 1, batch_size: int = 4, accumulate: int = 1, **options):
-    data = module(path, batch_size, accumulate=accumulate, **options)
-    data._place = lambda: (rank, world)  # what the trainer would say
-    return data.train_dataloader()
-
-
-def keys(batches) -> list[list[str]]:
-    return [batch["key"] for batch in batches]
-
-
-@pytest.fixture(scope="module")
-def fifty(tmp_path_factory) -> Path:
-    return dataset(tmp_path_factory.mktemp("data") / "fifty", 50)
 
 
 def test_order_is_fixed_for_ever():
@@ -103,103 +54,6 @@ def test_epochs_differ_cover_and_never_repeat_within(fifty: Path):
 def test_seeds_differ(fifty: Path):
     assert keys(loader(fifty, seed=1)) != keys(loader(fifty, seed=2))
     assert [k for b in keys(loader(fifty, shuffle=False)) for k in b] == [f"{i:09d}" for i in range(48)]
-
-
-@pytest.mark.parametrize(("epoch", "stop"), [(0, 5), (2, 7), (1, 12), (0, 0)])
-def test_resume_continues_after_the_last_batch_handed_over(fifty: Path, epoch: int, stop: int):
-    whole = loader(fifty)
-    expected = [keys(whole) for _ in range(epoch + 2)]
-    train = loader(fifty)
-    for _ in range(epoch):
-        keys(train)
-    running = iter(train)
-    for _ in range(stop):
-        next(running)
-    state = train.state_dict()
-    resumed = loader(fifty)
-    resumed.load_state_dict(state)
-    rest = [*expected[epoch][stop:], *expected[epoch + 1]]
-    if stop == 0:  # the epoch was never begun: the state is the end of the one before
-        assert keys(resumed) == expected[epoch]
-    else:
-        assert (keys(resumed) if stop < len(train) else []) + keys(resumed) == rest
-
-
-def test_resume_on_another_number_of_ranks_continues_the_same_global_batches(fifty: Path):
-    train = loader(fifty, accumulate=2)
-    running = iter(train)
-    for _ in range(4):
-        next(running)
-    rest = keys(running)
-    ranks = [loader(fifty, rank, 2) for rank in (0, 1)]
-    for resumed in ranks:
-        resumed.load_state_dict({**train.state_dict(), "batches": 4})
-    assert [b for pair in zip(*map(keys, ranks), strict=True) for b in pair] == rest
-
-
-@pytest.mark.parametrize("change", [{"seed": 5}, {"batch_size": 8}, {"train_samples": 40}])
-def test_resume_refuses_what_changed_with_both_values(fifty: Path, change: dict):
-    state = loader(fifty).state_dict()
-    with pytest.raises(ConfigError, match=r"was .* when the run was saved and is .* now.*data\.resume=restart_epoch"):
-        loader(fifty, **change).load_state_dict(state)
-    restarted = loader(fifty, resume="restart_epoch", **change)
-    restarted.load_state_dict({**state, "epoch": 3, "batches": 5})
-    assert (restarted.epoch, restarted.done) == (3, 0)
-
-
-class Toy(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((self.current_epoch, batch_idx, batch["key"]))
-        return (self.weight * batch["image"].float().mean()).sum()
-
-    def validation_step(self, batch, batch_idx):
-        assert batch["valid"].dtype == torch.bool
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-6)
-
-
-class SaveAt(L.Callback):
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(path: Path, *callbacks: L.Callback, checkpoint: Path | None = None):
-    toy = Toy()
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=30, max_epochs=-1, callbacks=[*callbacks], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1,
-        use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(toy, module(path, validation_fraction=0.1), ckpt_path=checkpoint, weights_only=True)
-    return toy.seen
-
-
-@pytest.mark.parametrize("stop", [4, 11, 15, 22])  # an epoch has 11 steps
-def test_a_lightning_run_resumes_exactly(fifty: Path, tmp_path: Path, stop: int):
-    whole = fit(fifty, SaveAt(stop, tmp_path / "a.ckpt"))
-    assert len(whole) == 30 and whole[15][:2] == (1, 4)
-    assert fit(fifty, checkpoint=tmp_path / "a.ckpt") == whole[stop:]
-
-
-def test_an_abandoned_epoch_is_followed_by_the_next(fifty: Path):
-    """limit_train_batches: each of Lightning's short epochs is the start of another permutation."""
-    train = loader(fifty)
-    next(iter(train))
-    assert keys(train) == keys(second_epoch(loader(fifty)))
-
-
-def second_epoch(train):
-    keys(train)
-    return train
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (3, 4), (5, 16), (4, 4)])
@@ -277,84 +131,6 @@ def test_validation_sees_every_sample_once_on_any_number_of_ranks(fifty: Path):
             seen += [k for b in batches for k, ok in zip(b["key"], b["valid"].tolist(), strict=True) if ok]
         shards = open_split(fifty, "val", 0.22)
         assert sorted(seen) == [shards.index.key(i) for i in range(11)] and len(seen) == 11
-
-
-def test_latents(tmp_path: Path):
-    latents = np.random.default_rng(0).standard_normal((10, 8, 4, 4)).astype(np.float16)
-    items = [Item({"latent.npy": npy(latents[i]), "txt": b"c"}) for i in range(10)]
-    write_dataset(items, tmp_path / "d")
-    for batch in loader(tmp_path / "d", batch_size=5):
-        assert batch["latent"].dtype == torch.float32
-        assert torch.equal(batch["latent"], torch.from_numpy(latents[batch["index"]]).float())
-    for option in ({"flip": True}, {"crop": "random"}):
-        with pytest.raises(ConfigError, match=r"data\.(flip|crop)"):
-            loader(tmp_path / "d", **option)
-    odd = [Item({"latent.npy": npy(np.zeros((8, 4, 5), np.float16)), "txt": b"c"})]
-    odd += [Item({"latent.npy": npy(np.array([{}], dtype=object)), "txt": b"c"})]
-    write_dataset(items + odd, tmp_path / "odd")
-    train = loader(tmp_path / "odd")
-    list(train)
-    assert train.batches.errors.counts == {"latent of another shape": 1, "unreadable npy": 1}
-
-
-def test_no_pickle_is_ever_read(tmp_path: Path):
-    with pytest.raises(ValueError, match="Python objects"):
-        read_npy(npy(np.array([{}], dtype=object)))
-    with pytest.raises(ValueError, match="unreadable npy"):
-        read_npy(b"\x93NUMPY\x01\x00")
-
-
-def test_crops_and_flips_depend_on_seed_epoch_and_sample_alone(tmp_path: Path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 30, 3), dtype=np.uint8))
-    items = [image_item(encoded(noise), "png", "x") for _ in range(16)]
-    write_dataset(items, tmp_path / "d")
-    options = {"crop": "random", "flip": True}
-
-    def pictures(train) -> dict[int, torch.Tensor]:
-        return {int(i): image for batch in train for i, image in zip(batch["index"], batch["image"], strict=True)}
-
-    one = loader(tmp_path / "d", **options)
-    first, second = pictures(one), pictures(one)
-    two = [pictures(loader(tmp_path / "d", rank, 2, batch_size=8, **options)) for rank in (0, 1)]
-    assert all(torch.equal(first[i], (two[0] | two[1])[i]) for i in range(16))
-    assert any(not torch.equal(first[i], second[i]) for i in range(16))
-    assert len({image.numpy().tobytes() for image in first.values()}) > 10
-
-
-@pytest.mark.parametrize("size", [(8, 8), (40, 8), (9, 33), (3, 5), (64, 48)])
-def test_resize_and_crop_fills_the_square(size: tuple[int, int]):
-    pixels = torch.full((3, *size), 77, dtype=torch.uint8)
-    out = resize_and_crop(pixels, 8)
-    assert out.shape == (3, 8, 8) and (out == 77).all()
-    assert torch.equal(
-        resize_and_crop(torch.arange(24).reshape(3, 1, 8).repeat(1, 8, 1).byte(), 8)[0, 0], torch.arange(8)
-    )
-
-
-def test_any_mode_becomes_rgb():
-    gray16 = Image.fromarray(np.full((4, 4), 257 * 100, np.uint16))
-    assert to_rgb(gray16).getpixel((0, 0)) == (100, 100, 100)
-    assert to_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("LA", (4, 4), (0, 255))).getpixel((0, 0)) == (0, 0, 0)
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([9, 8, 7] * 256)
-    assert to_rgb(palette).getpixel((0, 0)) == (9, 8, 7)
-    assert open_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
-    assert open_image(encoded(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
-    cmyk = open_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
-    assert np.abs(np.array(cmyk.getpixel((0, 0))) - (254, 0, 0)).max() < 4
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int):
-    from PIL import ImageOps
-
-    image = Image.fromarray(np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((8, 8))).astype(np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image, "JPEG", exif=exif, quality=95)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert np.array_equal(np.array(open_image(data)), np.array(expected))
 
 
 def test_stream_mode_reads_with_webdataset_and_resumes(tmp_path: Path):
