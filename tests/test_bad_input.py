@@ -62,6 +62,12 @@ def test_what_the_checks_refuse(arguments, words, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_second_stage_wants_the_first(tmp_path, tiny_run):
+    shards = next((tiny_run.parent / "stages").glob("shards-*"))
+    one_line(ldm("experiment=sd_base_512", f"shards={shards}", cwd=tmp_path), "outputs/sd_base", tmp_path)
+
+
+@pytest.mark.slow
 def test_damaged_data_and_places(tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/00000.tar").write_text("<html>not found</html>" * 50)
