@@ -19,12 +19,12 @@ FAST = [  # arguments, words of the one line
     (["task=sample", "model=unet_tiny"], "is not read by task=sample"),
     (["+foo=1"], "foo"),
     (["trainer={"], "cannot be read"),
-    (["batch_size=0"], "batch_size=0: must be at least 1"),
-    (["module=autoencodr"], "Did you mean 'autoencoder'?"),
-    (["module=autoencoder", "reconstruction=l2"], "reconstruction=l2: choose one of squared"),
     (["task=objective", "shards=x"], "is not read by task=objective"),
 ]
 CHECKED = [
+    (["batch_size=0"], "batch_size=0: must be at least 1"),
+    (["module=autoencodr"], "Did you mean 'autoencoder'?"),
+    (["module=autoencoder", "reconstruction=l2"], "reconstruction=l2: choose one of squared"),
     (["trainer.max_steps=ten"], "trainer.max_steps='ten': expected int"),
     (["optimizer.lr=1e-3x"], "optimizer.lr='1e-3x': expected float"),
     (["+trainer.max_stepz=3"], "Did you mean 'max_steps'?"),

@@ -52,6 +52,7 @@ def test_findings_name_what_is_wrong():
     assert any("of the weighted loss" in f for f in objective("cosine", "eps", "x0_uniform")[1])
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_and_figure(tmp_path):
     done = ldm("task=objective", "scheduler=flow", "parameterization=velocity", "output=here", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
