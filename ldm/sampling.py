@@ -100,17 +100,15 @@ class Sampler:
         frames = []
         for number in numbers:
             step = steps[number - 1]
-            ratio = step.level.sigma / step.level.alpha if step.level.alpha > 0 else float("inf")
-            frames.append(Frame(number, float(ratio), self.decode(step.x_t), self.decode(step.x0)))
+            frames.append(Frame(number, float(step.level.ratio), self.decode(step.x_t), self.decode(step.x0)))
         return frames
 
     def previews(self, steps: Sequence[Step]) -> list[Frame]:
         """Every step as a small linear picture: what a full decode costs is not spent."""
         frames = []
         for number, step in enumerate(steps, start=1):
-            ratio = step.level.sigma / step.level.alpha if step.level.alpha > 0 else float("inf")
             show = self.autoencoder.latents.preview
-            frames.append(Frame(number, float(ratio), show(step.x_t), show(step.x0)))
+            frames.append(Frame(number, float(step.level.ratio), show(step.x_t), show(step.x0)))
         return frames
 
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conf_nodes import build, options
+from draws import generator, randn
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
@@ -20,14 +21,6 @@ from ldm.errors import ConfigError
 SCHEDULERS = options("scheduler")
 PARAMETERIZATIONS = options("parameterization")
 TABLES = ["linear", "scaled_linear", "cosine", "sigmoid"]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -48,8 +41,8 @@ def test_level_at_is_the_inverse(name):
     scheduler = build("scheduler", name)
     for t in (scheduler.first_time, 0.01, 0.25, 0.5, 0.999):
         level = scheduler.level(t)
-        again = scheduler.level_at_position(scheduler.position(level))
-        assert scheduler.position(again) == pytest.approx(scheduler.position(level), rel=1e-12)
+        again = scheduler.level_at_position(level.position(scheduler.coordinate))
+        assert again.position(scheduler.coordinate) == pytest.approx(level.position(scheduler.coordinate), rel=1e-12)
         assert again.t == pytest.approx(t, abs=1e-9) and again.timestep == pytest.approx(level.timestep, abs=1e-6)
         assert scheduler.level_at(3.3).sigma / scheduler.level_at(3.3).alpha == pytest.approx(3.3, rel=1e-12)
 

@@ -16,7 +16,7 @@ def objective(scheduler, parameterization, weighting="simple", times="uniform", 
     parameterization = build("parameterization", parameterization)
     bins = by_log_snr(scheduler, parameterization, build("weighting", weighting), build("times", times))
     levels = own_solver(scheduler).levels(scheduler, 20)
-    return bins, findings(scheduler, parameterization, bins, levels)
+    return bins, findings(scheduler, bins, levels)
 
 
 @pytest.mark.parametrize("weighting", options("weighting"))

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conf_nodes import build, options
+from draws import generator, randn
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
@@ -27,14 +28,6 @@ WIDER = {
     ("heun", "sigmoid"): (0.97, 1.24),  # the first of 100 steps leads from sigma/alpha 1,800 to 18
 }
 OWN_GRID = ["add_back"]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def law():

@@ -193,7 +193,7 @@ def _sigmas(scheduler: dict[str, Any]) -> dict[int, float]:
 
     made = build(scheduler, "scheduler")
     levels = [made.level(made.snap((i + 0.5) / TIME_BINS)) for i in range(TIME_BINS)]
-    return {i: float(level.sigma / level.alpha) for i, level in enumerate(levels)}
+    return {i: float(level.ratio) for i, level in enumerate(levels)}
 
 
 def _scores(metrics: dict[str, float]) -> pd.DataFrame:

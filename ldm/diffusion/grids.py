@@ -94,7 +94,7 @@ class Conventions:
             raise ConfigError(f"num_steps={num_steps}: sampling needs at least one step, for example num_steps=30.")
         points = spacing(scheduler, num_steps + 1 if self.extra_point else num_steps)
         levels = [self._level(scheduler, point, isinstance(points, Positions)) for point in points[:num_steps]]
-        if len({level.sigma / level.alpha if level.alpha else math.inf for level in levels}) < num_steps:
+        if len({level.ratio for level in levels}) < num_steps:
             raise ConfigError(
                 f"num_steps={num_steps} is more than the scheduler's {scheduler.num_train_timesteps} timesteps "
                 f"can tell apart: use num_steps={scheduler.num_train_timesteps} or fewer."
@@ -126,6 +126,5 @@ def _range(scheduler: Scheduler) -> tuple[float, float]:
     """The positions of the least and the most noisy entry, finite and above 0."""
     first = max(scheduler.first_time, 1e-9) if scheduler.coordinate == "sigma" else scheduler.first_time
     low, top = scheduler.level(first), scheduler.level(1.0)
-    if scheduler.coordinate == "ratio" and top.alpha == 0:
-        return float(scheduler.position(low)), _NEARLY_PURE_NOISE
-    return float(scheduler.position(low)), float(scheduler.position(top))
+    ends = [float(level.position(scheduler.coordinate)) for level in (low, top)]
+    return ends[0], ends[1] if math.isfinite(ends[1]) else _NEARLY_PURE_NOISE

@@ -59,7 +59,4 @@ class Guided:
         return self.denoiser.x0(x_t, output, level)
 
     def _inside(self, level: Level) -> bool:
-        if self.interval is None:
-            return True
-        ratio = level.sigma / level.alpha if level.alpha > 0 else float("inf")
-        return bool(self.interval[0] <= ratio <= self.interval[1])
+        return self.interval is None or bool(self.interval[0] <= level.ratio <= self.interval[1])

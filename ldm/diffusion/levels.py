@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,25 @@ class Level(NamedTuple):
     alpha: Number
     sigma: Number
     timestep: Number
+
+    @property
+    def ratio(self) -> Number:
+        """sigma/alpha: 0 at data, infinite at pure noise."""
+        if isinstance(self.alpha, Tensor) or self.alpha:
+            return self.sigma / self.alpha
+        return math.inf
+
+    @property
+    def log_snr(self) -> Number:
+        """2 log(alpha/sigma): infinite at data, minus infinite at pure noise."""
+        ratio = self.ratio
+        if isinstance(ratio, Tensor):
+            return -2 * ratio.log()
+        return -2 * math.log(ratio) if ratio else math.inf
+
+    def position(self, coordinate: Coordinate) -> Number:
+        """The slope solvers' independent variable: sigma, or sigma/alpha."""
+        return self.sigma if coordinate == "sigma" else self.ratio
 
     def to(self, device: torch.device | str) -> Level:
         return Level(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
@@ -83,5 +103,5 @@ class Levels(Sequence[Level]):
         return level.alpha if self.coordinate == "ratio" else 1.0
 
     def position(self, level: Level) -> Number:
-        """The slope solvers' independent variable: sigma/alpha or sigma."""
-        return level.sigma / self.scale(level)
+        """The slope solvers' independent variable."""
+        return level.position(self.coordinate)

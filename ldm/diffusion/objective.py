@@ -48,8 +48,7 @@ def by_log_snr(
     """The objective over log-SNR, from `DRAWS` stratified draws. Pure noise is a bin of its own, at -inf."""
     u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     level = times(u, scheduler)
-    alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
-    log_snr = 2 * (alpha / sigma).log()
+    alpha, sigma, log_snr = (torch.as_tensor(v) for v in (level.alpha, level.sigma, level.log_snr))
     weight = weighting(alpha, sigma, parameterization).double()
     on_x0 = weight * (parameterization.determinant(alpha, sigma) / sigma) ** 2
     bins = []
@@ -69,19 +68,14 @@ def by_log_snr(
     return bins
 
 
-def findings(
-    scheduler: Scheduler,
-    parameterization: Parameterization,
-    bins: list[Bin],
-    levels: Levels,
-) -> list[str]:
+def findings(scheduler: Scheduler, bins: list[Bin], levels: Levels) -> list[str]:
     """What is wrong with the choice, one sentence each with the way out; empty where nothing is."""
     found = []
     top = scheduler.level(1.0)
     signal = float(top.alpha) / math.hypot(float(top.alpha), float(top.sigma))
     if signal > _LEFT_OVER:
         found.append(
-            f"at t = 1 the signal's share is {signal:.4f} (log-SNR {log_snr_of(top.alpha, top.sigma):.2f}): sampling "
+            f"at t = 1 the signal's share is {signal:.4f} (log-SNR {top.log_snr:.2f}): sampling "
             "starts from pure noise, which training never shows, so pictures keep the mean brightness (Lin et al. "
             "2024). scheduler.zero_terminal_snr=true with parameterization=v ends in pure noise."
         )
@@ -99,7 +93,7 @@ def findings(
             )
     low, high = min(b.low for b in bins), max(b.high for b in bins)
     # Beyond +-20 there is nothing left to tell apart: rectified flow is drawn up to t = 1, never at it.
-    walked = [min(max(log_snr_of(lv.alpha, lv.sigma), -20.0), 20.0) for lv in levels[:-1]]
+    walked = [min(max(float(lv.log_snr), -20.0), 20.0) for lv in levels[:-1]]
     outside = [v for v in walked if not min(low, 20.0) - 1e-6 <= v <= max(high, -20.0) + 1e-6]
     if outside:
         found.append(
@@ -107,10 +101,3 @@ def findings(
             f"{low:g} to {high:g}): choose times= that reach them, or another grid=."
         )
     return found
-
-
-def log_snr_of(alpha: float | torch.Tensor, sigma: float | torch.Tensor) -> float:
-    """2 log(alpha/sigma) of one level."""
-    if alpha == 0:
-        return -math.inf
-    return math.inf if sigma == 0 else 2 * math.log(float(alpha) / float(sigma))

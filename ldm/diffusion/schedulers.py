@@ -35,21 +35,17 @@ class Scheduler(ABC):
     def level_at(self, ratio: Number) -> Level:
         """The level with this sigma/alpha, the ratio kept exact and the timestep found."""
 
-    @abstractmethod
-    def snap(self, t: Number) -> Number:
-        """The nearest time that the scheduler has an entry for; formulas return t itself."""
+    def level_at_position(self, position: Number) -> Level:
+        """The level with this `Level.position(self.coordinate)`."""
+        return self.level_at(position)
 
-    @abstractmethod
+    def snap(self, t: Number) -> Number:
+        """The nearest time that the scheduler has an entry for; formulas have all of them."""
+        return t
+
     def training_time(self, u: Tensor) -> Tensor:
         """u in (0, 1) as a training time: tables go to entry floor(u N), formulas return u."""
-
-    def position(self, level: Level) -> Number:
-        """sigma/alpha, or sigma where the coordinate is that: finite at t = 1 except at zero terminal SNR."""
-        return level.sigma if self.coordinate == "sigma" else level.sigma / level.alpha
-
-    def level_at_position(self, position: Number) -> Level:
-        """The inverse of `position`."""
-        return self.level_at(position)
+        return u.double()
 
 
 class Table(Scheduler):
@@ -207,12 +203,6 @@ class Flow(Scheduler):
         t = position / (self.shift - (self.shift - 1) * position)
         return Level(t, 1 - position, position, 1000 * position)
 
-    def snap(self, t: Number) -> Number:
-        return t
-
-    def training_time(self, u: Tensor) -> Tensor:
-        return u.double()
-
 
 class EDM(Scheduler):
     """alpha = 1, sigma^(1/rho) linear in t from sigma_min to sigma_max (Karras et al. 2022, Equation 5).
@@ -228,26 +218,19 @@ class EDM(Scheduler):
                 f"scheduler.sigma_min={sigma_min} and sigma_max={sigma_max}: they must be above 0 and in this order."
             )
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+        self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     @property
     def first_time(self) -> float:
         return 0.0
 
     def level(self, t: Number) -> Level:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return self._level(t, (low + t * (high - low)) ** self.rho)
+        return self._level(t, (self._low + t * (self._high - self._low)) ** self.rho)
 
     def level_at(self, ratio: Number) -> Level:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         inside = _as_double(ratio).clamp(self.sigma_min, self.sigma_max)
-        t = (inside ** (1 / self.rho) - low) / (high - low)
+        t = (inside ** (1 / self.rho) - self._low) / (self._high - self._low)
         return self._level(t if isinstance(ratio, Tensor) else t.item(), ratio)
-
-    def snap(self, t: Number) -> Number:
-        return t
-
-    def training_time(self, u: Tensor) -> Tensor:
-        return u.double()
 
     def _level(self, t: Number, sigma: Number) -> Level:
         known = _as_double(sigma).clamp(self.sigma_min, self.sigma_max).log() / 4

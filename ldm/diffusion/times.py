@@ -59,8 +59,7 @@ class LogNormal(Times):
         self.mean, self.std = mean, std
 
     def __call__(self, u, scheduler):
-        ends = [scheduler.level(t) for t in (scheduler.first_time, 1.0)]
-        low, high = (float("inf") if end.alpha == 0 else end.sigma / end.alpha for end in ends)
+        low, high = (scheduler.level(t).ratio for t in (scheduler.first_time, 1.0))
         return scheduler.level_at((self.mean + self.std * _normal(u)).exp().clamp(low, high))
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.diffusion.levels import Levels
-from ldm.diffusion.objective import Bin, by_log_snr, findings, log_snr_of
+from ldm.diffusion.objective import Bin, by_log_snr, findings
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.schedulers import Scheduler
 
@@ -36,7 +36,7 @@ def objective(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     solver = build(values["sampler"], "sampler") or own_solver(scheduler)
     levels = solver.levels(scheduler, values["num_steps"], build(values["grid"], "grid"))
     bins = by_log_snr(scheduler, parameterization, weighting, times)
-    found = findings(scheduler, parameterization, bins, levels)
+    found = findings(scheduler, bins, levels)
 
     output = Path(values["output"] or f"{values['outputs']}/objective-{digest({k: values[k] for k in READ})}")
     output.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,7 @@ def objective(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     for sentence in found or ["nothing is wrong with this choice."]:
         print(f"- {sentence}")
     print(f"objective: {output / 'objective.png'}, {output / 'objective.csv'}")
-    top = scheduler.level(1.0)
-    return {"terminal_log_snr": log_snr_of(top.alpha, top.sigma), "findings": float(len(found))}
+    return {"terminal_log_snr": float(scheduler.level(1.0).log_snr), "findings": float(len(found))}
 
 
 def _title(values: dict[str, Any]) -> str:
@@ -64,8 +63,7 @@ def _levels_table(scheduler: Scheduler) -> Table:
     table = Table("t", "timestep", "alpha", "sigma", "sigma/alpha", "log-SNR", title="the scheduler")
     for t in SHOWN_TIMES:
         level = scheduler.level(t)
-        ratio = level.sigma / level.alpha if level.alpha else math.inf
-        row = (level.timestep, level.alpha, level.sigma, ratio, log_snr_of(level.alpha, level.sigma))
+        row = (level.timestep, level.alpha, level.sigma, level.ratio, level.log_snr)
         table.add_row(f"{t:g}", *(f"{float(v):.4f}" for v in row))
     return table
 
@@ -102,17 +100,15 @@ def _figure(scheduler: Scheduler, levels: Levels, bins: list[Bin], title: str) -
     first.set(xlabel="t")
     first.legend()
     finite = alpha > 0
-    second.semilogy(t[finite], (sigma / alpha)[finite])
+    second.semilogy(t[finite], torch.as_tensor(level.ratio)[finite])
     marks = [lv for lv in walked if lv.alpha > 0]
-    second.plot([lv.t for lv in marks], [lv.sigma / lv.alpha for lv in marks], "|", color="black")
+    second.plot([lv.t for lv in marks], [lv.ratio for lv in marks], "|", color="black")
     second.set(xlabel="t", ylabel="sigma/alpha")
     shown = [b for b in bins if math.isfinite(b.low)]
     middles = [(b.low + b.high) / 2 for b in shown]
     widths = [b.high - b.low for b in shown]
     third.bar(middles, [b.share for b in shown], width=widths, color="C2", edgecolor="white")
-    third.plot(
-        [log_snr_of(lv.alpha, lv.sigma) for lv in marks], [0] * len(marks), "|", color="black", clip_on=False, ms=12
-    )
+    third.plot([lv.log_snr for lv in marks], [0] * len(marks), "|", color="black", clip_on=False, ms=12)
     third.set(xlabel="log-SNR", ylabel="share of draws")
     fourth.step(middles, [b.emphasis for b in shown], where="mid", label="on the network's output")
     fourth.step(middles, [b.on_x0 for b in shown], where="mid", label="on x0")

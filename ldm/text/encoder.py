@@ -55,6 +55,11 @@ class CLIPTokenized(TextEncoder):
         self._warned = False
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether words come from somewhere: a tokenizer that was set, or the folder that was named."""
+        return self._tokenizer is not None or self._tokenizer_folder is not None
+
+    @property
     def tokenizer(self) -> CLIPTokenizer:
         """The tokenizer, once there is one."""
         if self._tokenizer is None and self._tokenizer_folder is not None:

@@ -150,7 +150,7 @@ class LatentDiffusion(TrainedModule):
         scheduler = self.denoiser.scheduler
         times = [scheduler.snap((i + 0.5) / VALIDATION_TIMES) for i in range(VALIDATION_TIMES)]
         levels = [scheduler.level(t) for t in times]
-        sigmas = [float(level.sigma / level.alpha) for level in levels]
+        sigmas = [float(level.ratio) for level in levels]
         errors = [values[f"val/x0_error_by_t/{i}"] for i in range(VALIDATION_TIMES)]
         gaussian = [float(_STANDARD_NORMAL.irreducible_loss(level)) for level in levels]
         lines = {"model": errors, "mean and variance known": gaussian}

@@ -110,10 +110,11 @@ def _iterate_gram(x: Tensor, steps: int) -> Tensor:
     as small square matrices and applied once. Half the time for 3x3 convolutions."""
     a, b, c = _QUINTIC
     gram = x @ x.mT
-    total = torch.eye(x.shape[1], device=x.device).expand_as(gram)
-    for _ in range(steps):
+    total: Tensor | None = None
+    for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        total = factor @ total
-        gram = factor @ (gram @ factor)
-    return total @ x
+        total = factor if total is None else factor @ total
+        if step < steps - 1:
+            gram = factor @ (gram @ factor)
+    return x if total is None else total @ x

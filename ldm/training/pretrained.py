@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,16 @@ def load_pretrained(parts: Parts, filled: set[str]) -> None:
         load_text_encoder(text_encoder, text_encoder.pretrained)
 
 
-def check_pretrained(parts: Parts, needs_autoencoder: bool) -> None:
+def check_pretrained(config: Mapping[str, Any], needs_autoencoder: bool) -> None:
     """One ConfigError naming all published weights that cannot be had, before any data are read."""
+    wanted = [("autoencoder", _autoencoder_folder)] if needs_autoencoder else []
+    if config["module"] == "latent_diffusion":
+        wanted.append(("text_encoder", _text_encoder_folder))
     missing = []
-    autoencoder, text_encoder = parts.autoencoder, parts.text_encoder
-    wanted: list[tuple[str | None, str, tuple[str, ...], str]] = []
-    if needs_autoencoder:
-        wanted.append((autoencoder.pretrained, "autoencoder.pretrained", VAE_FILES, "vae"))
-    if isinstance(text_encoder, CLIPText):
-        wanted.append((text_encoder.pretrained, "text_encoder.pretrained", TEXT_FILES[:1], "text_encoder"))
-    for name, key, files, part in wanted:
+    for node, folder_of in wanted:
         try:
-            if name:
-                find(name, key, files, part)
+            if config[node].get("pretrained"):
+                folder_of(config[node]["pretrained"])
         except ConfigError as error:
             missing.append(str(error))
     if missing:
@@ -53,7 +51,7 @@ def check_pretrained(parts: Parts, needs_autoencoder: bool) -> None:
 
 def load_autoencoder(autoencoder: AutoencoderKL, name: str) -> None:
     """Weights and scaling factor of a diffusers autoencoder folder, or of the `vae` folder of a whole pipeline."""
-    folder = find(name, "autoencoder.pretrained", VAE_FILES, "vae")
+    folder = _autoencoder_folder(name)
     config = json.loads((folder / VAE_FILES[0]).read_text())
     state = {_renamed(k): v for k, v in load_file(folder / VAE_FILES[1]).items()}
     own = autoencoder.state_dict()
@@ -67,12 +65,20 @@ def load_autoencoder(autoencoder: AutoencoderKL, name: str) -> None:
 
 def load_text_encoder(encoder: CLIPText, name: str) -> None:
     """Weights of transformers' CLIP text model or of its half of a whole CLIP; layers beyond ours are left out."""
-    folder = find(name, "text_encoder.pretrained", TEXT_FILES, "text_encoder", optional=TEXT_FILES[1:])
+    folder = _text_encoder_folder(name)
     state = _text_half(load_file(folder / TEXT_FILES[0]), len(encoder.text_model.encoder.layers))
     fill(encoder, state, "model", folder)
-    if encoder._tokenizer_folder is None:
+    if not encoder.has_tokenizer:
         beside = [folder, folder.parent / "tokenizer"]  # the latter in a whole pipeline's folder
         encoder.load_tokenizer(next((f for f in beside if (f / TEXT_FILES[1]).is_file()), folder))
+
+
+def _autoencoder_folder(name: str) -> Path:
+    return find(name, "autoencoder.pretrained", VAE_FILES, "vae")
+
+
+def _text_encoder_folder(name: str) -> Path:
+    return find(name, "text_encoder.pretrained", TEXT_FILES, "text_encoder", optional=TEXT_FILES[1:])
 
 
 def find(name: str, key: str, files: tuple[str, ...], part: str, optional: tuple[str, ...] = ()) -> Path:
@@ -99,7 +105,7 @@ def find(name: str, key: str, files: tuple[str, ...], part: str, optional: tuple
 
 def _text_half(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """The text model's tensors under `text_model.`, without the layers from `layers` on, and nothing else."""
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = key if key.startswith("text_model.") else f"text_model.{key}"
         inner = name.removeprefix("text_model.")

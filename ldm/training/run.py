@@ -56,7 +56,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     config = copy.deepcopy(config)
     if not config["checkpoint"]:
         has_latents = bool(config["shards"]) and (Path(config["shards"]) / "autoencoder").is_dir()
-        check_pretrained(build_parts(config, device="meta"), needs_autoencoder=not has_latents)
+        check_pretrained(config, needs_autoencoder=not has_latents)
     data = _open_data(config)
     start = _starting_checkpoint(config, data)
     tokenizer = None

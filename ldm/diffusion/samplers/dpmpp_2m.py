@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -17,7 +16,7 @@ def dpmpp_2m(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Itera
     previous: tuple[Tensor, float] | None = None  # x0 and h of the step before
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
-        h = _half_logsnr(after) - _half_logsnr(level)
+        h = float(after.log_snr - level.log_snr) / 2
         corrected = x0
         if previous is not None and after.sigma > 0:
             # h_before is infinite after a start from alpha = 0: the correction is then 0.
@@ -29,9 +28,3 @@ def dpmpp_2m(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Itera
         step = Step(level, after, x, x0, x_next)
         yield step
         previous, x = (x0, h), step.x_next
-
-
-def _half_logsnr(level: Level) -> float:
-    if level.alpha == 0:
-        return -math.inf
-    return math.inf if level.sigma == 0 else math.log(level.alpha / level.sigma)
