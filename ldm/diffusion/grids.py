@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ldm.diffusion.levels import Level, Levels
-from ldm.diffusion.schedulers import Scheduler
+from ldm.diffusion.schedulers import Scheduler, Table
 from ldm.errors import ConfigError
 
 
 class Positions(list[float]):
-    """Points given by the solvers' coordinate (sigma/alpha, or sigma for rectified flow) instead of time."""
+    """Points given by the solvers' coordinate (sigma/alpha, or sigma for rectified flow) instead of time.
+
+    whole: how samplers that tell the network whole timesteps make them of real ones.
+    """
+
+    def __init__(self, values: Iterable[float], whole: Callable[[float], int] = round):
+        super().__init__(values)
+        self.whole = whole
 
 
 Spacing = Callable[[Scheduler, int], list[float]]  # times, or Positions; noisiest first
@@ -59,6 +67,35 @@ def logsnr(scheduler: Scheduler, num_steps: int) -> Positions:
     return Positions(math.exp(high + (low - high) * f) for f in _fractions(num_steps))
 
 
+def exponential(scheduler: Scheduler, num_steps: int) -> Positions:
+    """The sigmas of `logsnr`; whole timesteps are cut off instead of rounded, as published samplers have it."""
+    return Positions(logsnr(scheduler, num_steps), math.floor)
+
+
+def beta(scheduler: Scheduler, num_steps: int, a: float = 0.6, b: float = 0.6) -> Positions:
+    """sigma at even quantiles of a Beta(a, b) over the scheduler's range (Lee et al. 2024): more steps at both ends."""
+    try:
+        from scipy.stats import beta as distribution
+    except ImportError as error:
+        raise ConfigError("grid=beta needs scipy: pip install 'ldm[beta]', or use grid=karras.") from error
+    low, high = _range(scheduler)
+    quantiles = (float(distribution.ppf(1 - f, a, b)) for f in _fractions(num_steps))
+    return Positions((low + (high - low) * q for q in quantiles), math.floor)
+
+
+def distilled(scheduler: Scheduler, num_steps: int, steps: int = 50) -> list[float]:
+    """Of the `steps` entries that a consistency model was distilled on, evenly chosen ones (Luo et al. 2023)."""
+    if not isinstance(scheduler, Table):
+        raise ConfigError(
+            f"sampler=lcm needs a scheduler with a table, {type(scheduler).__name__} is a formula: "
+            "use another sampler=, or a distilled model of scheduler=scaled_linear."
+        )
+    if num_steps > steps:
+        raise ConfigError(f"num_steps={num_steps}: the model was distilled on {steps} steps; use 4 to 8.")
+    n = scheduler.num_train_timesteps
+    return [(steps - i * steps // num_steps) * (n // steps) / n for i in range(num_steps)]
+
+
 def geometric(scheduler: Scheduler, num_steps: int, ratio: float = 0.9) -> Positions:
     """Each sigma/alpha `ratio` times the one before, from the scheduler's largest."""
     if scheduler.coordinate == "sigma":
@@ -75,15 +112,18 @@ def geometric(scheduler: Scheduler, num_steps: int, ratio: float = 0.9) -> Posit
 class Conventions:
     """What published samplers do differently on the same spacing.
 
-    rounded: times are rounded to the table's entries; positions are kept and what the network is told is rounded.
-    extra_point: n steps are the first n of n + 1 points.
+    rounded: "all": times are rounded to the table's entries, positions are kept and what the network is told becomes
+        whole; "karras": only what it is told at positions that round; "none".
+    extra_point: on linspace and leading, n steps are the first n of n + 1 points.
+    second_twice: the second level is visited twice (pseudo linear multistep methods begin so).
     last: the level after the last step: no noise at all, or the table's first entry.
-    start: the first x_t is noise ("one"), or sigma of the first level times noise ("sigma").
+    start: the first x_t is noise ("one"), or sigma of the first level times noise ("sigma") where that is the noisiest.
     pure_noise: whether the solver takes alpha = 0, or stands a little before it.
     """
 
-    rounded: bool = True
+    rounded: Literal["all", "karras", "none"] = "all"
     extra_point: bool = False
+    second_twice: bool = False
     last: Literal["zero", "entry"] = "zero"
     start: Literal["one", "sigma"] = "one"
     pure_noise: bool = True
@@ -92,26 +132,33 @@ class Conventions:
         """The n + 1 levels of n steps. Raises ConfigError when there are no n of them."""
         if num_steps < 1:
             raise ConfigError(f"num_steps={num_steps}: sampling needs at least one step, for example num_steps=30.")
-        points = spacing(scheduler, num_steps + 1 if self.extra_point else num_steps)
-        levels = [self._level(scheduler, point, isinstance(points, Positions)) for point in points[:num_steps]]
+        of_entries = (spacing.func if isinstance(spacing, partial) else spacing) in (linspace, leading)
+        points = spacing(scheduler, num_steps + 1 if self.extra_point and of_entries else num_steps)
+        whole = points.whole if isinstance(points, Positions) else None
+        levels = [self._level(scheduler, point, whole) for point in points[:num_steps]]
         if len({level.ratio for level in levels}) < num_steps:
             raise ConfigError(
                 f"num_steps={num_steps} is more than the scheduler's {scheduler.num_train_timesteps} timesteps "
                 f"can tell apart: use num_steps={scheduler.num_train_timesteps} or fewer."
             )
         last = scheduler.level_at(0.0) if self.last == "zero" else scheduler.level(scheduler.first_time)
-        if levels[-1].sigma <= last.sigma:  # the grid's own last point is already there
-            levels.pop()
         keeps_signal = levels[0].alpha == 1  # EDM: noise is added to data of full size, and has no other scale
-        start = 1.0 if self.start == "one" and not keeps_signal else float(levels[0].sigma)
-        return Levels([*levels, last], start, scheduler.coordinate, scheduler.level_at_position)
+        noisiest = levels[0].t > 1 - 1e-9
+        start = float(levels[0].sigma) if keeps_signal or (self.start == "sigma" and noisiest) else 1.0
+        if self.second_twice and len(levels) > 1:
+            levels.insert(1, levels[1])
+        return Levels([*levels, last], start, scheduler.coordinate, scheduler, num_steps)
 
-    def _level(self, scheduler: Scheduler, point: float, is_position: bool) -> Level:
-        if is_position:
+    def _level(self, scheduler: Scheduler, point: float, whole: Callable[[float], int] | None) -> Level:
+        if whole is not None:
             level = scheduler.level_at_position(point)
             table = scheduler.coordinate == "ratio" and scheduler.first_time > 0
-            return level._replace(timestep=round(float(level.timestep))) if self.rounded and table else level
-        level = scheduler.level(scheduler.snap(point) if self.rounded else point)
+            # Inverting the table and back misses entries by 1e-12, which cutting off must not see.
+            # Cutting off takes 999 to 998, as where these grids were published: rounding leaves it just below 999.
+            told = max(0, whole(float(level.timestep) - 1e-9))
+            wanted = self.rounded == "all" or (self.rounded == "karras" and whole is round)
+            return level._replace(timestep=told) if wanted and table else level
+        level = scheduler.level(scheduler.snap(point) if self.rounded == "all" else point)
         if level.alpha == 0 and scheduler.coordinate == "ratio" and not self.pure_noise:
             nearly = scheduler.level_at(_NEARLY_PURE_NOISE)
             return level._replace(alpha=nearly.alpha, sigma=nearly.sigma)

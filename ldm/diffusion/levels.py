@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ldm.diffusion.schedulers import Scheduler
 
 Number = float | Tensor
 Coordinate = Literal["ratio", "sigma"]
@@ -67,6 +70,8 @@ class Levels(Sequence[Level]):
     start: what multiplies the first standard-normal noise to give x_t.
     coordinate: in which slope solvers (Euler, Heun, LMS) integrate: "ratio" is x/alpha over sigma/alpha
         (tables, EDM), "sigma" is x over sigma (rectified flow, where alpha is 0 at t = 1).
+    scheduler: gives levels between these, for solvers that look half-way.
+    num_steps: of the whole run, also where these are only the last part of its levels (image to image).
     """
 
     def __init__(
@@ -74,12 +79,14 @@ class Levels(Sequence[Level]):
         levels: Sequence[Level],
         start: float,
         coordinate: Coordinate,
-        at: Callable[[Number], Level] | None = None,
+        scheduler: Scheduler,
+        num_steps: int | None = None,
     ):
         self._levels = tuple(levels)
         self.start = start
         self.coordinate = coordinate
-        self._at = at
+        self.scheduler = scheduler
+        self.num_steps = len(self._levels) - 1 if num_steps is None else num_steps
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -89,14 +96,12 @@ class Levels(Sequence[Level]):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Levels(self._levels[index], self.start, self.coordinate, self._at)
+            return Levels(self._levels[index], self.start, self.coordinate, self.scheduler, self.num_steps)
         return self._levels[index]
 
     def at(self, position: Number) -> Level:
-        """The scheduler's level at a position between two of these, for solvers that look half-way."""
-        if self._at is None:
-            raise ValueError("these levels were made by hand, without a scheduler: give Levels(..., at=...).")
-        return self._at(position)
+        """The scheduler's level at a position of the coordinate."""
+        return self.scheduler.level_at_position(position)
 
     def scale(self, level: Level) -> Number:
         """What x_t is divided by in the slope solvers' coordinate."""

@@ -93,8 +93,11 @@ class Table(Scheduler):
 
     def snap(self, t: Number) -> Number:
         # Python's and torch's round are both half-to-even, as numpy's in the published grids.
+        # The inner rounding takes 499.4999999999 to 499.5.
         n = self.num_train_timesteps
-        return (t * n - 1).round().add(1).div(n) if isinstance(t, Tensor) else (round(t * n - 1) + 1) / n
+        if isinstance(t, Tensor):
+            return (t * n - 1).round(decimals=9).round().add(1).div(n)
+        return (round(round(t * n - 1, 9)) + 1) / n
 
     def training_time(self, u: Tensor) -> Tensor:
         return ((u.double() * self.num_train_timesteps).floor() + 1) / self.num_train_timesteps

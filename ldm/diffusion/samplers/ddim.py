@@ -7,21 +7,26 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.samplers.ancestral import fresh_noise
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
-def ddim(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
+def ddim(
+    denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, eta: float = 0.0, s_noise: float = 1.0
+) -> Iterator[Step]:
     """Song et al. 2021, Equations 12 and 16, for any alpha and sigma."""
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
-        eps = (x - level.alpha * x0) / level.sigma
-        # The variance left when x_t is known to come from x_next; rounding must not make it negative.
-        left = max(level.sigma**2 - (level.alpha * after.sigma / after.alpha) ** 2, 0.0)
-        fresh = eta * after.sigma / level.sigma * left**0.5
-        x_next = after.alpha * x0 + (after.sigma**2 - fresh**2) ** 0.5 * eps
-        if eta > 0:
-            x_next = x_next + fresh * noise(x)
-        step = Step(level, after, x, x0, x_next)
+        fresh = s_noise * noise(x) if eta > 0 else None
+        step = Step(level, after, x, x0, renoised(x, x0, level, after, eta, fresh))
         yield step
         x = step.x_next
+
+
+def renoised(x: Tensor, x0: Tensor, level: Level, after: Level, eta: float, fresh: Tensor | None) -> Tensor:
+    """x0 with the noise of `after`: a share of it fresh, the rest in the direction of x_t's own."""
+    eps = (x - level.alpha * x0) / level.sigma
+    deviation = fresh_noise(level, after, eta)
+    x_next = after.alpha * x0 + (after.sigma**2 - deviation**2) ** 0.5 * eps
+    return x_next if fresh is None else x_next + deviation * fresh

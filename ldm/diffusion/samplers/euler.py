@@ -8,12 +8,15 @@ from itertools import pairwise
 from torch import Tensor
 
 from ldm.diffusion.levels import Levels
+from ldm.diffusion.samplers.churn import Churn
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
-def euler(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Iterator[Step]:
-    """Karras et al. 2022, Algorithm 1 without churn; the slope of y = x/scale is (y - x0)/position."""
+def euler(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, churn: Churn | None = None) -> Iterator[Step]:
+    """Karras et al. 2022, Algorithm 1, with churn 2, of first order; the slope of y = x/scale is (y - x0)/position."""
     for level, after in pairwise(levels):
+        if churn is not None:
+            x, level = churn(x, level, levels, noise)
         x0 = denoise(x, level)
         y = x / levels.scale(level)
         slope = (y - x0) / levels.position(level)

@@ -40,12 +40,14 @@ class Solver:
     """A named sampler: its steps, and the grid it walks where nothing else is said.
 
     own_grid: the method works on this spacing only; another is refused.
+    limit: what every jump to x0 goes through (ldm/diffusion/thresholding.py).
     """
 
     solve: Solve
     spacing: Spacing = trailing
     conventions: Conventions = field(default_factory=Conventions)
     own_grid: bool = False
+    limit: Callable[[Tensor], Tensor] | None = None
 
     def levels(self, scheduler: Scheduler, num_steps: int, spacing: Spacing | None = None) -> Levels:
         if spacing is not None and self.own_grid:
@@ -53,7 +55,9 @@ class Solver:
         return self.conventions.levels(scheduler, num_steps, spacing or self.spacing)
 
     def __call__(self, denoise: Denoise, levels: Levels, x: Tensor, noise: Noise) -> Iterator[Step]:
-        return self.solve(denoise, levels, x, noise)
+        limit = self.limit
+        limited = denoise if limit is None else lambda x_t, level: limit(denoise(x_t, level))
+        return self.solve(limited, levels, x, noise)
 
     def with_eta(self, eta: float | None) -> Solver:
         """The same sampler with this share of fresh noise; ConfigError where the method has no such thing."""

@@ -1,0 +1,49 @@
+"""DPM-Solver++ from the steps before: 1M, 2M, 3M, and their stochastic forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+from ldm.diffusion.levels import Levels
+from ldm.diffusion.samplers.solver import Denoise, Noise, Step
+
+
+def dpmpp_multistep(
+    denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 2, eta: float = 0.0, s_noise: float = 1.0
+) -> Iterator[Step]:
+    """Lu et al. 2022b, Algorithm 2 (order 2) and Crowson 2022 (order 3; eta > 0: SDE-DPM-Solver++).
+
+    First order into sigma = 0; in runs of fewer than 15 steps the last step is of order 1, the last but one of 2.
+    """
+    history: list[tuple[Tensor, float]] = []  # x0 and half log-SNR, newest first
+    for left, (level, after) in zip(range(len(levels) - 2, -1, -1), pairwise(levels), strict=True):
+        x0 = denoise(x, level)
+        here = float(level.log_snr) / 2
+        # exp(-h) as a quotient is finite at alpha = 0 and at sigma = 0; h itself is not.
+        shrink = after.sigma * level.alpha / (level.sigma * after.alpha)
+        keep, gain = after.sigma / level.sigma * shrink**eta, after.alpha * (1 - shrink ** (1 + eta))
+        x_next = keep * x + gain * x0
+        short = left + 1 if levels.num_steps < 15 else order
+        # A grid that ends on the table's first entry, and then goes there once more, has a last step of length 0.
+        reached = 1 if after.sigma in (0, level.sigma) else min(order, short, 1 + len(history))
+        if reached > 1:
+            h, (x0_1, at_1) = float(after.log_snr) / 2 - here, history[0]
+            first = (x0 - x0_1) * (h / (here - at_1))
+            if reached == 2:
+                x_next = x_next + gain / 2 * first
+            else:
+                (x0_2, at_2), g = history[1], (1 + eta) * h
+                second = (first - (x0_1 - x0_2) * (h / (at_1 - at_2))) * (h / (here - at_2))
+                phi_2 = 1 + math.expm1(-g) / g
+                x_next = x_next + after.alpha * (
+                    phi_2 * (first + (here - at_1) / h * second) + (0.5 - phi_2 / g) * second
+                )
+        if eta > 0 and after.sigma > 0:
+            x_next = x_next + s_noise * after.sigma * (1 - shrink ** (2 * eta)) ** 0.5 * noise(x)
+        step = Step(level, after, x, x0, x_next)
+        yield step
+        history, x = [(x0, here), *history][: order - 1] if order > 1 else [], step.x_next

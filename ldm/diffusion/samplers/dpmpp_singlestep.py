@@ -1,0 +1,44 @@
+"""DPM-Solver++ in blocks of two or three steps: 2S and 3S."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor
+
+from ldm.diffusion.levels import Levels
+from ldm.diffusion.samplers.solver import Denoise, Noise, Step
+
+
+def dpmpp_singlestep(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 2) -> Iterator[Step]:
+    """Lu et al. 2022b, Algorithm 1, on the grid's own levels: inside a block of `order` steps each one starts again
+    from the block's first x and uses all calls of the block; only the block's last x is of that order."""
+    orders = _orders(levels.num_steps, order)[1 - len(levels) :]
+    block: list[tuple[Tensor, float]] = []  # x0 and half log-SNR, oldest first
+    start = (levels[0], x)
+    for (level, after), wanted in zip(pairwise(levels), orders, strict=True):
+        x0, here = denoise(x, level), float(level.log_snr) / 2
+        # Image to image may begin within a block; half-way from pure noise there is nothing to interpolate.
+        reached = min(wanted, 1 + len(block)) if start[0].alpha > 0 else 1
+        if reached == 1:
+            block, start = [], (level, x)
+        block.append((x0, here))
+        (first, x_first), (x0_first, at_first) = start, block[0]
+        shrink = after.sigma * first.alpha / (first.sigma * after.alpha)  # exp(-h), finite at both ends
+        x_next = after.sigma / first.sigma * x_first + after.alpha * (1 - shrink) * x0_first
+        if reached > 1:
+            h = float(after.log_snr) / 2 - at_first
+            slope = (x0 - x0_first) * (h / (here - at_first))
+            # Midpoint weights at order 2, the exact integral of a line at order 3.
+            weight = (1 - shrink) / 2 if reached == 2 else 1 + math.expm1(-h) / h
+            x_next = x_next + after.alpha * weight * slope
+        step = Step(level, after, x, x0, x_next)
+        yield step
+        x = step.x_next
+
+
+def _orders(num_steps: int, order: int) -> list[int]:
+    """Blocks 1, 2, .., order, the last cut short by a first-order step into sigma = 0."""
+    return [1 + i % order for i in range(num_steps - 1)] + [1]
