@@ -153,6 +153,10 @@ def test_apg_moves_at_right_angles_and_no_further_than_allowed(denoiser, level, 
 def test_apg_is_finite_where_both_conditions_agree(denoiser, level, x_t):
     guided = AdaptiveProjected()(denoiser, COND, COND, 7.5)
     close(guided(x_t, level), denoiser(x_t, level, COND))
+    model = lambda x, timestep, cond: x * cond.context.sum().sign().clamp(min=0)  # noqa: E731  x0 = 0 under -1
+    zero = Denoiser(model, denoiser.scheduler, build("parameterization", "x0"))
+    minus, plus = Condition(context=-torch.ones(2, 5, 6)), Condition(context=torch.ones(2, 5, 6))
+    assert AdaptiveProjected(batched=False)(zero, minus, plus, 7.5)(x_t, level).isfinite().all()
 
 
 def test_autoguidance_is_the_published_formula(denoiser, level, x_t):
