@@ -77,8 +77,8 @@ def test_clip_skip_is_the_earlier_hidden_state_and_the_encoder_without_its_last_
     same(cond.context, theirs(encoder, layers=3 - skip)(ids_of(encoder, prompts)).last_hidden_state)
     # The negative prompt is not skipped, as in diffusers.
     same(reference.context, full(ids_of(encoder, negative)).last_hidden_state)
-    chunked, _ = Prompts(skip, chunked=True, weighted=True).encode(encoder, prompts)
-    same(chunked.context, cond.context)
+    for a, b in zip(Prompts(skip, True, True).encode(encoder, prompts, negative), (cond, reference), strict=True):
+        same(a.context, b.context)
 
 
 # Long prompts.
@@ -112,6 +112,8 @@ def test_long_prompts_are_chunks_encoded_apart_and_put_in_a_row(encoder):
             chunks += [""] * (longest - len(chunks))
             expected = full(ids_of(encoder, chunks)).last_hidden_state.reshape(-1, 32)
             torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    swapped, _ = Prompts(chunked=True).encode(encoder, negative, prompts)  # the longest may be a negative one
+    same(swapped.context, reference.context)
 
 
 def test_chunks_keep_every_word_whole_where_it_fits():

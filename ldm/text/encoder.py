@@ -143,7 +143,7 @@ class CLIPTokenized(TextEncoder):
         self._warned = True
         warnings.warn(
             f"captions of more than {self.max_length} tokens are cut, such as '{caption[:60]}...'. "
-            "A text encoder that is trained here can take more, text_encoder.max_length; sampling can read them in chunks. "
-            "This is said once.",
+            "A text encoder that is trained here can take more, text_encoder.max_length; sampling can read long ones "
+            "in chunks. This is said once.",
             stacklevel=3,
         )
