@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ldm.diffusion.condition import Condition
+from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
 
 
@@ -64,10 +66,25 @@ class CLIPText(CLIPTokenized):
         self.text_model.eos_token_id = tokenizer.eos_token_id
 
     def forward(self, ids: Tensor) -> Condition:
+        # mask None: like Stable Diffusion, models attend to the padding too.
+        return Condition(context=self._run(ids).last_hidden_state)
+
+    def earlier(self, ids: Tensor, clip_skip: int) -> Condition:
+        """The states before the last `clip_skip` layers, after the final norm."""
+        layers = self.text_model.config.num_hidden_layers
+        if not 0 < clip_skip < layers:
+            raise ConfigError(
+                f"clip_skip={clip_skip}: the text encoder has {layers} layers, and one of them must be left. "
+                f"Use clip_skip={min(max(clip_skip, 0), layers - 1)}."
+            )
+        states = self._run(ids, output_hidden_states=True).hidden_states
+        assert states is not None
+        return Condition(context=self.text_model.final_layer_norm(states[-1 - clip_skip]))
+
+    def _run(self, ids: Tensor, output_hidden_states: bool = False) -> BaseModelOutputWithPooling:
         # Positions are given, because the module's own are a buffer that building on the meta device leaves empty.
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        # mask None: like Stable Diffusion, models attend to the padding too.
-        return Condition(context=self.text_model(input_ids=ids, position_ids=positions).last_hidden_state)
+        return self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=output_hidden_states)
 
 
 def _accept_both_spellings(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +14,14 @@ from ldm.errors import ConfigError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and an unconditional model has no need of it
     from transformers import CLIPTokenizer
+
+
+class Token(NamedTuple):
+    """A token of a text and the characters it stands for, text[start:end]; a character may have several tokens."""
+
+    id: int
+    start: int
+    end: int
 
 
 class TextEncoder(nn.Module):
@@ -32,11 +42,19 @@ class TextEncoder(nn.Module):
         """(B, L) -> Condition. Call the module, not this, so that hooks and compilation apply."""
         raise NotImplementedError
 
-    def encode(self, captions: list[str]) -> Condition:
+    def earlier(self, ids: Tensor, clip_skip: int) -> Condition:
+        """(B, L) -> what `forward` would give without the last `clip_skip` layers, at least one."""
+        raise ConfigError(f"clip_skip={clip_skip}: {type(self).__name__} has no layers to skip. Use clip_skip=0.")
+
+    def encode(self, captions: list[str], clip_skip: int = 0) -> Condition:
         """B captions -> Condition on the encoder's device. The empty caption is the unconditional one."""
-        ids = self.tokenize(captions)
+        return self.states(self.tokenize(captions), clip_skip)
+
+    def states(self, ids: Tensor, clip_skip: int = 0) -> Condition:
+        """(B, L) on any device -> Condition on the encoder's. clip_skip: last layers left out, as in diffusers."""
         parameter = next(self.parameters(), None)
-        return self(ids if parameter is None else ids.to(parameter.device))
+        ids = ids if parameter is None else ids.to(parameter.device)
+        return self.earlier(ids, clip_skip) if clip_skip else self(ids)
 
     def save_tokenizer(self, directory: str | Path) -> None:
         """Writes what `load_tokenizer` reads, in CLIP's layout; nothing where there is no tokenizer."""
@@ -93,10 +111,39 @@ class CLIPTokenized(TextEncoder):
         save_tokenizer(self.tokenizer, directory)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        from ldm.text.tokenizer import tokenize, warn_of_cut
+        from ldm.text.tokenizer import content, framed
 
-        ids, cut = tokenize(self.tokenizer, captions, self.max_length)
-        if cut and not self._warned:
-            warn_of_cut(captions[cut[0]], self.max_length)
-            self._warned = True
-        return ids
+        rows = content(self.tokenizer, captions)
+        for caption, row in zip(captions, rows, strict=True):
+            if len(row) > self.room:
+                self.warn_of_cut(caption)
+        return framed(self.tokenizer, [row[: self.room] for row in rows], self.max_length)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a caption between its two marks."""
+        return self.max_length - 2
+
+    def tokens(self, text: str) -> list[Token]:
+        """All tokens of a text, however long, without the marks."""
+        from ldm.text.tokenizer import located
+
+        return located(self.tokenizer, text)
+
+    def frame(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """B rows of at most `room` token ids -> (B, L) on the CPU: each between its marks, and padded."""
+        from ldm.text.tokenizer import framed
+
+        return framed(self.tokenizer, rows, self.max_length)
+
+    def warn_of_cut(self, caption: str) -> None:
+        """Says that captions are too long, once, by this example."""
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"captions of more than {self.max_length} tokens are cut, such as '{caption[:60]}...'. "
+            "A text encoder that is trained here can take more, text_encoder.max_length; sampling can read long ones "
+            "in chunks. This is said once.",
+            stacklevel=3,
+        )

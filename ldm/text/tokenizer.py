@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import heapq
 import json
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.errors import ConfigError
+from ldm.text.encoder import Token
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -70,24 +70,25 @@ def save_tokenizer(tokenizer: CLIPTokenizer, directory: str | Path) -> None:
     _write(directory / "special_tokens_map.json", json.dumps(special, indent=2))
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_length: int) -> tuple[Tensor, list[int]]:
-    """B captions -> (B, max_length) ids, start and end marks included, and which captions had to be cut."""
-    rows = [list(row) for row in tokenizer(captions, verbose=False)["input_ids"]] if captions else []
-    cut = [i for i, row in enumerate(rows) if len(row) > max_length]
-    for i in cut:
-        rows[i] = rows[i][: max_length - 1] + [tokenizer.eos_token_id]
-    padding = [tokenizer.pad_token_id] * max_length
-    ids = torch.tensor([(row + padding)[:max_length] for row in rows], dtype=torch.long)
-    return ids.reshape(len(rows), max_length), cut
+def content(tokenizer: CLIPTokenizer, captions: list[str]) -> list[list[int]]:
+    """The ids of each caption, however long, without the marks."""
+    if not captions:
+        return []
+    return [list(row) for row in tokenizer(captions, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def warn_of_cut(caption: str, max_length: int) -> None:
-    """Says that captions are too long, by an example."""
-    warnings.warn(
-        f"captions of more than {max_length} tokens are cut, such as '{caption[:60]}...'. "
-        "A text encoder that is trained here can take more: text_encoder.max_length. This is said once.",
-        stacklevel=3,
-    )
+def located(tokenizer: CLIPTokenizer, text: str) -> list[Token]:
+    """The same ids with the characters of the text that they stand for."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [Token(i, start, end) for i, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+
+def framed(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], max_length: int) -> Tensor:
+    """B rows of at most max_length - 2 ids -> (B, max_length): start mark, row, end mark, padding."""
+    ids = torch.full((len(rows), max_length), tokenizer.pad_token_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row) + 2] = torch.tensor([tokenizer.bos_token_id, *row, tokenizer.eos_token_id])
+    return ids
 
 
 # Learning.
