@@ -152,6 +152,11 @@ PUBLISHED = {  # weights on the error of eps and of v, SNR s
     "p2": {"eps": lambda s: 1 / (1 + s), "v": lambda s: s / (1 + s) ** 2},
     "debiased": {"eps": lambda s: s**-0.5, "v": lambda s: s**0.5 / (s + 1)},
     # Karras' lambda with alpha^2 = SNR sigma^2 put in, on the unit circle.
+    "velocity": {
+        "velocity": lambda s: torch.ones_like(s),
+        "x0": lambda s: (1 + s**0.5) ** 2,
+        "v": lambda s: 1 + 2 * s**0.5 / (1 + s),
+    },
     "edm": {"eps": lambda s: (1 + s) / s, "v": lambda s: torch.ones_like(s), "edm": lambda s: torch.ones_like(s)},
 }
 

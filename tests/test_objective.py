@@ -7,7 +7,7 @@ import pytest
 from commands import ldm
 from conf_nodes import build, options
 
-from ldm.diffusion.objective import by_log_snr, findings
+from ldm.analysis.objective import by_log_snr, findings
 from ldm.diffusion.samplers.own import own_solver
 
 

@@ -45,6 +45,13 @@ class SNR(Weighting):
         return (alpha / parameterization.determinant(alpha, sigma)) ** 2
 
 
+class Velocity(Weighting):
+    """The plain squared error of eps - x0, rectified flow's loss (Liu et al. 2022), whatever the network predicts."""
+
+    def __call__(self, alpha, sigma, parameterization):
+        return ((alpha + sigma) / parameterization.determinant(alpha, sigma)) ** 2
+
+
 class MinSNR(Weighting):
     """min(SNR, gamma) on the error of x0 (Hang et al. 2023)."""
 
