@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from ldm.analysis.objective import Bin, by_log_snr, findings
 from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.diffusion.levels import Levels
-from ldm.analysis.objective import Bin, by_log_snr, findings
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.schedulers import Scheduler
 
