@@ -17,6 +17,7 @@ ROOMS = [
     "ldm.sampling",
     "ldm.data",
     "ldm.metrics",
+    "ldm.formats",
     "ldm.config",
     "ldm.build",
     "ldm.training",
