@@ -26,9 +26,6 @@ _CLASSES = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 _NODES = {"unet": vocabulary.unet_node, "vae": vocabulary.vae_node, "text_encoder": vocabulary.text_node}
-# Weights' names without their ends, in the order in which they are looked for.
-_STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",)}
-_TEXT_STEMS = ("model", "pytorch_model")
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IMAGE_SIZE = 512  # where a folder names none
 
@@ -114,22 +111,25 @@ def fit(part: str, tensors: State, node: Node, described: Described, source: str
 
 
 def load_part(folder: Path, part: str, weights: str = "ema") -> State:
-    """All tensors of a part's folder: .safetensors or .bin, whole or in shards; fp16 if there is no other."""
+    """All tensors of a part's folder."""
+    file = weights_file(folder, part, weights)
+    if file is None:
+        raise ConfigError(f"{folder} holds no weights (.safetensors or .bin). Fetch the whole folder.")
+    return _shards(file) if file.suffix == ".json" else load(file).tensors
+
+
+def weights_file(folder: Path, part: str, weights: str = "ema") -> Path | None:
+    """Where a part's weights are: .safetensors before .bin, whole or the index of shards; fp16 if there is no other."""
     variants = ["", ".fp16"] if weights == "ema" else [".non_ema", "", ".fp16"]
-    stems = _STEMS.get(part, _TEXT_STEMS)
+    stems = ("model", "pytorch_model") if part == "text_encoder" else ("diffusion_pytorch_model",)
     for variant in variants:
-        for end in (".safetensors", ".bin"):
+        for end in ("safetensors", "bin"):
             for stem in stems:
-                whole = folder / f"{stem}{variant}{end}"
-                if whole.is_file():
-                    return load(whole).tensors
-                for index in (f"{stem}{end}.index{variant}.json", f"{stem}{variant}{end}.index.json"):
-                    if (folder / index).is_file():
-                        return _shards(folder / index)
-    raise ConfigError(
-        f"{folder} holds no weights: neither {stems[0]}.safetensors nor {stems[-1]}.bin is there. "
-        "Fetch the whole folder."
-    )
+                indices = (f"{stem}.{end}.index{variant}.json", f"{stem}{variant}.{end}.index.json")
+                for name in (f"{stem}{variant}.{end}", *indices):
+                    if (folder / name).is_file():
+                        return folder / name
+    return None
 
 
 def _shards(index: Path) -> State:
