@@ -94,14 +94,14 @@ def _torch(path: Path) -> Opened:
         with torch.serialization.safe_globals([(Inert, name) for name in _MENTIONED]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
         if named is None:
             raise ConfigError(f"{path} is damaged, or holds more than plain data. Fetch it again.") from error
         raise ConfigError(
             f"{path} asks for {named[1]}, which is code: it was not run and the file was not read. "
             "Take the .safetensors version of this model, or one from somebody you trust."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
         raise ConfigError(f"{path} was cut short or is damaged. Fetch it again.") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not named tensors: it is no checkpoint.")
