@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import nullcontext
 
 import diffusers
+import huggingface_hub
 import published
 import pytest
 import torch
@@ -248,6 +251,33 @@ def test_every_kind_of_weights_file_in_a_folder_is_read(tmp_path, sd1_folder, la
     if layout == "shards":
         assert len(list(file.parent.glob("*-of-*"))) > 3
     assert same(first.states["unet"], read(tmp_path / "x").states["unet"])
+
+
+def test_a_hub_id_is_read_from_its_cache_and_a_part_from_its_own_folder(tmp_path, sd1_folder, monkeypatch):
+    cache = tmp_path / "models--somebody--small"
+    shutil.copytree(sd1_folder, cache / "snapshots/abc")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    first = read(sd1_folder)
+    assert kind("somebody/small") == "diffusers"
+    assert_same(first, read("somebody/small"))
+    for part in NODES:
+        assert kind(sd1_folder / part) == part
+        found = read(sd1_folder / part)
+        assert found.config == {NODES[part]: first.config[NODES[part]]}
+        assert same(first.states[part], found.states[part])
+
+
+def test_the_padding_that_a_node_names_leaves_with_the_tokenizer(tmp_path, sd1_folder):
+    checkpoint = read(sd1_folder)
+    checkpoint.config["text_encoder"]["pad"] = "!"
+    write(checkpoint, tmp_path / "folder", "diffusers")
+    assert load_tokenizer(tmp_path / "folder/tokenizer").pad_token_id == 0
+    assert json.loads((tmp_path / "folder/text_encoder/config.json").read_text())["pad_token_id"] == 0
+    again = read(tmp_path / "folder")
+    for one in (checkpoint, again):
+        assert filled(one)["text_encoder"].tokenize(["a"])[0, -1] == 0
 
 
 def test_both_spellings_of_the_text_encoder_are_read(tmp_path, sd1_folder):

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from ldm.errors import ConfigError
 from ldm.formats import single_file
 from ldm.formats.checkpoint import Checkpoint, kind, read, write
+from ldm.formats.diffusers_folder import describe
+from ldm.formats.open import load
 from ldm.formats.single_metadata import CONFIG
 from ldm.text.small import SmallTextEncoder
 from ldm.text.tokenizer import build_tokenizer, save_tokenizer
@@ -199,6 +201,17 @@ def test_single_files_that_do_not_say_enough_or_fit_nothing(tmp_path, sd1_folder
         read(path, config=sd1_folder)
     save_file(tensors | {"model.diffusion_model.label_emb.0.0.weight": ONE}, path)
     with pytest.raises(ConfigError, match=r"1 unknown.*first: model.diffusion_model.label_emb.0.0.weight"):
+        read(path, config=sd1_folder)
+    with pytest.raises(
+        ConfigError, match=r"model.linear_projection=False, but config= says True: it is another model's"
+    ):
+        read(path, config=sd2_folder)
+    save_file({k: v for k, v in tensors.items() if "diffusion" not in k}, path)
+    with pytest.raises(ConfigError, match="has CLIP's text encoder, but config= is of a model with the other"):
+        single_file.read(load(path), path, describe(sd2_folder), "raw")
+    torn = tensors | {"model.diffusion_model.out.2.weight": ONE}
+    save_file(torn, path)
+    with pytest.raises(ConfigError, match=r"U-Net lacks out\.2\.weight, or has it in another shape"):
         read(path, config=sd1_folder)
     config = shutil.copytree(sd1_folder, tmp_path / "other")
     edit(config / "unet/config.json", block_out_channels=[32, 64, 64, 128])

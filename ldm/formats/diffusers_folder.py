@@ -182,7 +182,7 @@ def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     assert schedule is not None
     _write_json(folder / "scheduler/scheduler_config.json", schedule)
     inpaints = unet["in_channels"] == 2 * unet["out_channels"] + 1  # mask and masked latents beside the noisy ones
-    _write_json(folder / "model_index.json", _index(inpaints, schedule["_class_name"]))
+    _write_json(folder / "model_index.json", _index(inpaints, schedule.get("_class_name", "PNDMScheduler")))
 
 
 def _index(inpaints: bool, scheduler: str) -> dict[str, Any]:

@@ -10,16 +10,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ldm.errors import ConfigError
 
-# A pipeline's folder without its safety checker, its second copies of the weights, and its single files.
 _SETTINGS = ["model_index.json", "*/*.json", "*/*.txt", "config.json"]
-_WEIGHTS = [("*/*.safetensors", "*.fp16.*"), ("*/*.bin", "*.fp16.*"), ("*/*.fp16.safetensors", "")]
-_NOT_WANTED = ["safety_checker/*", "feature_extractor/*", "*non_ema*", "*.msgpack", "*.onnx"]
+# Of a whole pipeline neither the safety checker nor other programs' copies of the weights are wanted.
+_NOT_WANTED = ("safety_checker/*", "feature_extractor/*", "*non_ema*", "*.msgpack", "*.onnx")
+# Weights' ends in the order in which they are tried, and what is left out along with each.
+_ENDS = [("safetensors", "*.fp16*"), ("bin", "*.fp16*"), ("fp16.safetensors", "*.bin"), ("fp16.bin", "*.safetensors")]
 
 
-def fetch(name: str, key: str, files: Sequence[str], remedy: str) -> Path:
+def fetch(name: str, key: str, files: Sequence[str], remedy: str, without: Sequence[str] = ()) -> Path:
     """The local folder of a hub id, with those of its files (patterns). ConfigError with `remedy` if it cannot be."""
+    ignored = [*_NOT_WANTED, *without]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=_NOT_WANTED))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=ignored))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(
             f"{key}={name} is not a folder here, and cannot be fetched from the hub ({type(error).__name__}). "
@@ -28,12 +30,15 @@ def fetch(name: str, key: str, files: Sequence[str], remedy: str) -> Path:
 
 
 def fetch_pipeline(name: str, key: str) -> Path:
-    """The local folder of a published pipeline: settings, tokenizer, and its weights in one kind of file."""
+    """The local folder of a published pipeline, or of one part: settings, tokenizer, and weights in one kind of file.
+
+    Single files beside the folders, a second copy of everything, stay where they are.
+    """
     remedy = f"Give a file or a folder: {key}=PATH"
-    folder = fetch(name, key, _SETTINGS, remedy)
-    for pattern, without in _WEIGHTS:
-        folder = fetch(name, key, [*_SETTINGS, pattern], remedy)
-        found = [f for f in folder.glob(pattern) if not (without and f.match(without))]
-        if found:
+    for end, without in _ENDS:
+        weights = [f"*/*.{end}", f"diffusion_pytorch_model.{end}", f"model.{end}"]
+        folder = fetch(name, key, [*_SETTINGS, *weights], remedy, [without])
+        places = [folder / "unet", folder]
+        if any(not file.match(without) for place in places for file in place.glob(f"*.{end}")):
             break
     return folder

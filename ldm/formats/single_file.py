@@ -24,7 +24,7 @@ from ldm.formats.open import Opened, float32
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
 _HARMLESS = re.compile(
     r"betas|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|logvar|lvlb_weights|scale_factor"
-    r"|model_ema\..*|(first_stage_model\.)?(loss|model_ema)\..*|denoiser\.sigmas|.*\.position_ids"
+    r"|model_ema\..*|(first_stage_model\.)?(loss|model_ema)\..*|denoiser\.sigmas|embedding_manager\..*|.*\.position_ids"
 )
 
 
@@ -106,6 +106,11 @@ def _read_unet(
 def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Path, given: Described | None) -> None:
     found = sizes.text_encoder(state)
     node = _complete(found, known.TEXTS.get((found["width"], openclip)), given, "text_encoder", source)
+    if (settings(node, "text_encoder")["activation"] == "gelu") != openclip:
+        raise ConfigError(
+            f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the other: "
+            "give the diffusers folder of the same model."
+        )
     wanted = expected(node)
     match(state, wanted, f"{source} (text encoder)")
     checkpoint.config["text_encoder"] = node
@@ -113,7 +118,12 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
 
 
 _TARGETS = {"model": UNET, "autoencoder": AUTOENCODER, "text_encoder": TEXT}
-_SAME = ("block_channels", "width", "cross_attention_dim")  # a folder that differs here is of another model
+_SAME = (
+    "block_channels",
+    "width",
+    "cross_attention_dim",
+    "linear_projection",
+)  # a folder that differs here is of another model
 
 
 def _complete(
@@ -139,7 +149,7 @@ def _complete(
 
 
 def _some(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={found[name]}" for name in _SAME if name in found)
+    return ", ".join(f"{name}={found[name]}" for name in _SAME[:3] if name in found)
 
 
 def _settle_rest(checkpoint: Checkpoint, opened: Opened, source: Path, given: Described | None) -> None:
@@ -219,11 +229,24 @@ def found_again(checkpoint: Checkpoint, tensors: State, step: int | None) -> boo
     for part, key in PARTS.items():
         if part not in checkpoint.states:
             continue
-        mine = settings(checkpoint.config[key], part)
-        theirs = settings(again.config[key], part)
-        if any(mine[k] != theirs[k] for k in mine if k in theirs and k not in ("pad", "tokenizer", "pretrained")):
+        mine, theirs = _says(checkpoint.config[key], part), _says(again.config[key], part)
+        if any(mine[k] != theirs[k] for k in mine if k in theirs):
             return False
     return alone or _schedule(checkpoint.scheduler_config) == _schedule(again.scheduler_config)
+
+
+def _says(node: Node, part: str) -> dict[str, Any]:
+    """What a node says of the model itself, not of where its weights come from or how it is run."""
+    found = settings(node, part)
+    if found.get("pad") is None:  # the tokenizer's own
+        found.pop("pad", None)
+    if part == "vae" and not any(found.get("attention_levels") or ()):
+        found.pop("attention_levels", None)
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in found.items()
+        if k not in ("tokenizer", "pretrained", "checkpoint")
+    }
 
 
 def _schedule(config: Mapping[str, Any] | None) -> list[Any]:

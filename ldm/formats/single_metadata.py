@@ -16,12 +16,14 @@ from ldm.formats.match import carries
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
 
 CONFIG, SCHEDULER, WORDS = "ldm.config", "ldm.scheduler_config", "ldm.tokenizer"
+KEYS = (*PARTS.values(), "image_size")
 _WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def pack(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata of the file. The tokenizer travels unless it is CLIP's published one, which everybody has."""
-    found = {"format": "pt", CONFIG: json.dumps(checkpoint.config), "ldm.scaling_factor": str(known.SCALING)}
+    nodes = {key: _portable(checkpoint.config[key]) for key in KEYS if key in checkpoint.config}
+    found = {"format": "pt", CONFIG: json.dumps(nodes), "ldm.scaling_factor": str(known.SCALING)}
     if checkpoint.scheduler_config is not None:
         found[SCHEDULER] = json.dumps(checkpoint.scheduler_config)
         prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
@@ -38,12 +40,19 @@ def pack(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
+def _portable(value: Any) -> Any:
+    """A node without the paths of the machine that it was written on."""
+    return (
+        {k: v for k, v in value.items() if k not in ("pretrained", "tokenizer")} if isinstance(value, dict) else value
+    )
+
+
 def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
     """What `pack` wrote, None for files of other programs. Only our own classes are accepted from a file."""
     if CONFIG not in metadata:
         return None
     try:
-        config: dict[str, Any] = json.loads(metadata[CONFIG])
+        config: dict[str, Any] = {k: v for k, v in json.loads(metadata[CONFIG]).items() if k in KEYS}
         schedule = json.loads(metadata[SCHEDULER]) if SCHEDULER in metadata else None
         words: dict[str, str] = json.loads(metadata[WORDS]) if WORDS in metadata else {}
         scaling = float(metadata["ldm.scaling_factor"])

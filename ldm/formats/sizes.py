@@ -13,7 +13,7 @@ from ldm.errors import ConfigError
 
 def unet(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of a U-Net in CompVis' names, without the prefix. ConfigError where they are not a U-Net's."""
-    _require(theirs, ("input_blocks.0.0.weight", "out.2.weight"), "U-Net")
+    _require(theirs, {"input_blocks.0.0.weight": 4, "out.2.weight": 4}, "U-Net")
     widths: list[int] = []
     attends: list[bool] = []
     layers = 0
@@ -49,7 +49,9 @@ def unet(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def autoencoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of a KL autoencoder in our names, whole. ConfigError where they are not one's."""
-    _require(ours, ("encoder.conv_in.weight", "post_quant_conv.weight", "quant_conv.weight"), "autoencoder")
+    _require(
+        ours, {f"{name}.weight": 4 for name in ("encoder.conv_in", "post_quant_conv", "quant_conv")}, "autoencoder"
+    )
     widths: list[int] = []
     attends: list[bool] = []
     for i in count():
@@ -72,7 +74,7 @@ def autoencoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
 def text_encoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of a CLIP text model in our names. ConfigError where they are not one's."""
     words, places = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
-    _require(ours, (words, places), "text encoder")
+    _require(ours, {words: 2, places: 2}, "text encoder")
     layers = {int(k.split(".")[3]) for k in ours if k.startswith("text_model.encoder.layers.")}
     vocab_size, width = ours[words].shape
     return {
@@ -87,10 +89,10 @@ def _first(tensors: Mapping[str, Tensor], end: str) -> Tensor | None:
     return next((v for k, v in tensors.items() if k.endswith(end)), None)
 
 
-def _require(tensors: Mapping[str, Tensor], names: tuple[str, ...], part: str) -> None:
-    missing = [name for name in names if name not in tensors]
+def _require(tensors: Mapping[str, Tensor], axes: Mapping[str, int], part: str) -> None:
+    missing = [name for name, count in axes.items() if name not in tensors or tensors[name].ndim != count]
     if missing:
         raise ConfigError(
-            f"the file's {part} lacks {' and '.join(missing)}: it is of another kind, or was cut short when it was "
-            "made. Fetch it again, or give a checkpoint of Stable Diffusion 1 or 2."
+            f"the file's {part} lacks {' and '.join(missing)}, or has it in another shape: it is of another kind, or "
+            "damaged. Fetch it again, or give a checkpoint of Stable Diffusion 1 or 2."
         )
