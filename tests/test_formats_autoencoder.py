@@ -132,3 +132,27 @@ def test_the_ends_of_a_noise_table_are_read_off_it(kind_):
     assert {k: pytest.approx(v, rel=1e-5) if isinstance(v, float) else v for k, v in config.items()} == found
     with pytest.raises(ConfigError, match=r"noise table \(700 betas, .*neither linear nor scaled_linear"):
         known.table(betas * torch.linspace(1, 2, 700))
+
+
+@pytest.mark.parametrize("attention", [[], [4]])
+def test_autoencoder_names_are_a_bijection_with_attention_at_levels_too(attention):
+    levels, state = 5, {}
+    for half, blocks, count in (("encoder", "down_blocks", 2), ("decoder", "up_blocks", 3)):
+        for i in range(levels):
+            for j in range(count):
+                state[f"{half}.{blocks}.{i}.resnets.{j}.conv_shortcut.weight"] = torch.randn(4, 4, 1, 1)
+                if (i if half == "encoder" else levels - 1 - i) in attention:
+                    for leaf in ("to_q.weight", "to_out.0.weight"):
+                        state[f"{half}.{blocks}.{i}.attentions.{j}.{leaf}"] = torch.randn(4, 4)
+        state[f"{half}.mid_block.attentions.0.to_v.weight"] = torch.randn(4, 4)
+    theirs = vae_keys.to_compvis(state)
+    assert len(theirs) == len(state) and equal(state, vae_keys.from_compvis(theirs))
+    assert torch.equal(
+        theirs["decoder.up.3.block.2.nin_shortcut.weight"], state["decoder.up_blocks.1.resnets.2.conv_shortcut.weight"]
+    )
+    if attention:
+        ours = state["decoder.up_blocks.0.attentions.2.to_out.0.weight"]
+        assert torch.equal(theirs["decoder.up.4.attn.2.proj_out.weight"], ours[:, :, None, None])
+        assert torch.equal(
+            theirs["encoder.down.4.attn.1.q.weight"][..., 0, 0], state["encoder.down_blocks.4.attentions.1.to_q.weight"]
+        )

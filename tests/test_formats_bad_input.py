@@ -20,8 +20,6 @@ from ldm.formats.checkpoint import Checkpoint, kind, read, write
 from ldm.formats.diffusers_folder import describe
 from ldm.formats.open import load
 from ldm.formats.single_metadata import CONFIG
-from ldm.text.small import SmallTextEncoder
-from ldm.text.tokenizer import build_tokenizer, save_tokenizer
 
 ONE = torch.ones(2, 2)
 NOT_CHECKPOINTS = [
@@ -202,9 +200,7 @@ def test_single_files_that_do_not_say_enough_or_fit_nothing(tmp_path, sd1_folder
     save_file(tensors | {"model.diffusion_model.label_emb.0.0.weight": ONE}, path)
     with pytest.raises(ConfigError, match=r"1 unknown.*first: model.diffusion_model.label_emb.0.0.weight"):
         read(path, config=sd1_folder)
-    with pytest.raises(
-        ConfigError, match=r"model.linear_projection=False, but config= says True: it is another model's"
-    ):
+    with pytest.raises(ConfigError, match=r"model.linear_projection=False, but config= says True"):
         read(path, config=sd2_folder)
     save_file({k: v for k, v in tensors.items() if "diffusion" not in k}, path)
     with pytest.raises(ConfigError, match="has CLIP's text encoder, but config= is of a model with the other"):
@@ -267,30 +263,3 @@ def test_what_a_format_cannot_carry_is_refused_before_anything_is_written(tmp_pa
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigError, match=r"x exists already: give another output="):
         write(whole, tmp_path / "x", "diffusers")
-
-
-def test_a_small_trained_text_encoder_leaves_as_a_clip(tmp_path, sd1_folder):
-    whole = read(sd1_folder)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=629, max_length=16, width=32, layers=1, heads=4)
-    encoder = SmallTextEncoder(**sizes).eval()
-    encoder.set_tokenizer(build_tokenizer(["a red cat"], 629))
-    save_tokenizer(encoder.tokenizer, tmp_path / "words")
-    node = {"_target_": "ldm.text.small.SmallTextEncoder", **sizes}
-    checkpoint = Checkpoint(
-        whole.config | {"text_encoder": node},
-        whole.states | {"text_encoder": encoder.state_dict()},
-        whole.scheduler_config,
-        tmp_path / "words",
-    )
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    write(checkpoint, tmp_path / "folder", "diffusers")
-    write(checkpoint, tmp_path / "one.safetensors", "compvis")
-    theirs = CLIPTextModel.from_pretrained(tmp_path / "folder/text_encoder").eval()
-    words = CLIPTokenizer.from_pretrained(tmp_path / "folder/tokenizer")
-    ids = words(["a red cat", "wow"], padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids)[0], encoder.encode(["a red cat", "wow"]).context, atol=1e-6, rtol=0)
-    assert read(tmp_path / "one.safetensors").config["text_encoder"] == node  # the metadata know the class
-    assert read(tmp_path / "folder").config["text_encoder"]["_target_"] == "ldm.text.clip.CLIPText"

@@ -108,8 +108,8 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
     node = _complete(found, known.TEXTS.get((found["width"], openclip)), given, "text_encoder", source)
     if (settings(node, "text_encoder")["activation"] == "gelu") != openclip:
         raise ConfigError(
-            f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the other: "
-            "give the diffusers folder of the same model."
+            f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the "
+            "other. Give the diffusers folder of the same model."
         )
     wanted = expected(node)
     match(state, wanted, f"{source} (text encoder)")
@@ -118,12 +118,8 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
 
 
 _TARGETS = {"model": UNET, "autoencoder": AUTOENCODER, "text_encoder": TEXT}
-_SAME = (
-    "block_channels",
-    "width",
-    "cross_attention_dim",
-    "linear_projection",
-)  # a folder that differs here is of another model
+# A folder that differs in these is of another model.
+_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection")
 
 
 def _complete(
@@ -132,13 +128,13 @@ def _complete(
     """The node: sizes from the shapes, the rest from what is given or known of published files."""
     node = given.checkpoint.config.get(key) if given else None
     if node is not None:
-        different = [name for name in _SAME if name in found and found[name] != node.get(name)]
-        if different:
-            name = different[0]
-            raise ConfigError(
-                f"{source} has {key}.{name}={found[name]}, but config= says {node.get(name)}: "
-                "it is another model's. Give the diffusers folder of the same model."
-            )
+        said = _says(node, next(part for part in PARTS if PARTS[part] == key))
+        for name in _SAME:
+            if name in found and found[name] != said[name]:
+                raise ConfigError(
+                    f"{source} has {key}.{name}={found[name]}, but config= says {said[name]}: it is another model's. "
+                    "Give the diffusers folder of the same model."
+                )
         return {**node, **found}
     if rest is None:
         raise ConfigError(
