@@ -228,6 +228,8 @@ def found_again(checkpoint: Checkpoint, tensors: State, step: int | None) -> boo
         mine, theirs = _says(checkpoint.config[key], part), _says(again.config[key], part)
         if any(mine[k] != theirs[k] for k in mine if k in theirs):
             return False
+    if not again.states["vae"]["latents.scale"].isfinite().all():  # a first stage whose units nobody knows
+        return False
     return alone or _schedule(checkpoint.scheduler_config) == _schedule(again.scheduler_config)
 
 
