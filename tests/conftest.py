@@ -25,3 +25,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fifty(tmp_path_factory) -> Path:
     return dataset(tmp_path_factory.mktemp("data") / "fifty", 50)
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory) -> Path:
+    """A small Stable Diffusion 1 as on the hub (tests/published.py). Never write in it."""
+    return _published(tmp_path_factory, "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd1_inpaint_folder(tmp_path_factory) -> Path:
+    return _published(tmp_path_factory, "sd1_inpaint")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory) -> Path:
+    """Stable Diffusion 2 with v-prediction."""
+    return _published(tmp_path_factory, "sd2")
+
+
+def _published(factory, name: str) -> Path:
+    import published  # diffusers takes seconds to import
+
+    return published.save(getattr(published, name)(), factory.mktemp("published") / name)

@@ -17,6 +17,7 @@ ROOMS = [
     "ldm.sampling",
     "ldm.data",
     "ldm.metrics",
+    "ldm.formats",
     "ldm.config",
     "ldm.build",
     "ldm.training",
@@ -37,6 +38,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
     "wandb": ("ldm.training.wandb_mirror",),
     "pandas": ("ldm.analysis", "ldm.data"),
+    "huggingface_hub": ("ldm.formats",),
     "diffusers": (),
     "torchvision": (),
 }

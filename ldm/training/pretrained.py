@@ -1,27 +1,24 @@
-"""Published weights of the frozen parts: from a folder or, by its id, from the hub's cache or the hub."""
+"""Published weights of the frozen parts: from a folder, a single file or a hub id (its cache, or the hub itself)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors.torch import load_file
-from torch import Tensor
-
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.errors import ConfigError
+from ldm.formats import fold, hub, text_keys, vae_keys
+from ldm.formats.checkpoint import read
+from ldm.formats.content import read_json
+from ldm.formats.diffusers_folder import load_part, weights_file
+from ldm.formats.known import SCALING
+from ldm.formats.open import float32
 from ldm.text.clip import CLIPText
 from ldm.training.assemble import Parts, fill
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt")
-# diffusers' first names of the attention's four maps.
-_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def load_pretrained(parts: Parts, filled: set[str]) -> None:
@@ -50,74 +47,44 @@ def check_pretrained(config: Mapping[str, Any], needs_autoencoder: bool) -> None
 
 
 def load_autoencoder(autoencoder: AutoencoderKL, name: str) -> None:
-    """Weights and scaling factor of a diffusers autoencoder folder, or of the `vae` folder of a whole pipeline."""
-    folder = _autoencoder_folder(name)
-    config = json.loads((folder / VAE_FILES[0]).read_text())
-    state = {_renamed(k): v for k, v in load_file(folder / VAE_FILES[1]).items()}
-    own = autoencoder.state_dict()
-    for key, tensor in state.items():
-        if key in own and tensor.ndim != own[key].ndim:  # 1x1 convolutions stored as linear maps, or the reverse
-            state[key] = tensor.reshape(own[key].shape)
-    latents = {k: v for k, v in own.items() if k.startswith("latents.")}
-    fill(autoencoder, {**latents, **state}, "diffusion_pytorch_model", folder)
-    autoencoder.latents.set(config.get("shift_factor") or 0.0, 1 / config.get("scaling_factor", 0.18215))
+    """Weights and scaling factor of a diffusers autoencoder folder, of a whole pipeline's, or of a single file."""
+    own, source = autoencoder.state_dict(), Path(name)
+    if source.is_file():
+        state = read(source).states.get("vae", {})
+    else:
+        source = _autoencoder_folder(name)
+        config = read_json(source / "config.json")
+        units = fold.units(own, config.get("scaling_factor", SCALING), config.get("shift_factor"))
+        state = vae_keys.from_diffusers(load_part(source, "vae")) | units
+    fill(autoencoder, {k: float32(v) for k, v in state.items()}, "diffusion_pytorch_model", source)
 
 
 def load_text_encoder(encoder: CLIPText, name: str) -> None:
     """Weights of transformers' CLIP text model or of its half of a whole CLIP; layers beyond ours are left out."""
     folder = _text_encoder_folder(name)
-    state = _text_half(load_file(folder / TEXT_FILES[0]), len(encoder.text_model.encoder.layers))
-    fill(encoder, state, "model", folder)
+    layers = len(encoder.text_model.encoder.layers)
+    state = text_keys.from_transformers(load_part(folder, "text_encoder"), layers)
+    fill(encoder, {k: float32(v) for k, v in state.items()}, "model", folder)
     if not encoder.has_tokenizer:
         beside = [folder, folder.parent / "tokenizer"]  # the latter in a whole pipeline's folder
         encoder.load_tokenizer(next((f for f in beside if (f / TEXT_FILES[1]).is_file()), folder))
 
 
 def _autoencoder_folder(name: str) -> Path:
-    return find(name, "autoencoder.pretrained", VAE_FILES, "vae")
+    return Path(name) if Path(name).is_file() else _find(name, "autoencoder", VAE_FILES, "vae", needed=VAE_FILES)
 
 
 def _text_encoder_folder(name: str) -> Path:
-    return find(name, "text_encoder.pretrained", TEXT_FILES, "text_encoder", optional=TEXT_FILES[1:])
+    return _find(name, "text_encoder", TEXT_FILES, "text_encoder", needed=TEXT_FILES[:1])
 
 
-def find(name: str, key: str, files: tuple[str, ...], part: str, optional: tuple[str, ...] = ()) -> Path:
-    """The folder with these files: `name` itself, its subfolder `part`, or the hub's `name`. ConfigError if none is."""
-    needed = [f for f in files if f not in optional]
+def _find(name: str, node: str, files: tuple[str, ...], part: str, needed: tuple[str, ...]) -> Path:
+    """The folder with a part's weights: `name` itself, its subfolder `part`, or the hub's `name`. Else ConfigError."""
+    key = f"{node}.pretrained"
     remedy = f"Give a folder with {' and '.join(needed)}: {key}=DIR"
-    if Path(name).is_dir():
-        root = Path(name)
-    else:
-        try:
-            root = Path(
-                snapshot_download(name, allow_patterns=[*files, *(f"{part}/{f}" for f in files), "tokenizer/*"])
-            )
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ConfigError(
-                f"{key}={name} is not a folder here, and cannot be fetched from the hub ({type(error).__name__}). "
-                f"{remedy}, or fetch it once where there is a network (hf download {name})."
-            ) from error
+    patterns = [*files, *(f"{part}/{f}" for f in files), "tokenizer/*"]
+    root = Path(name) if Path(name).is_dir() else hub.fetch(name, key, patterns, remedy)
     for folder in (root, root / part):
-        if all((folder / f).is_file() for f in needed):
+        if weights_file(folder, part) and (part != "vae" or (folder / "config.json").is_file()):
             return folder
     raise ConfigError(f"{key}={name} does not hold {' and '.join(needed)}. {remedy}.")
-
-
-def _text_half(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The text model's tensors under `text_model.`, without the layers from `layers` on, and nothing else."""
-    found: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = key if key.startswith("text_model.") else f"text_model.{key}"
-        inner = name.removeprefix("text_model.")
-        if not inner.startswith(("embeddings.", "encoder.", "final_layer_norm.")) or "position_ids" in inner:
-            continue  # the picture's half of CLIP, projections
-        if inner.startswith("encoder.layers.") and int(inner.split(".")[2]) >= layers:
-            continue
-        found[name] = tensor.to(torch.float32)
-    return found
-
-
-def _renamed(key: str) -> str:
-    for old, new in _OLD_NAMES.items():
-        key = key.replace(old, new)
-    return key

@@ -1,0 +1,210 @@
+"""Our nodes and the config.json of diffusers' and transformers' parts: the same settings in two vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.errors import ConfigError
+from ldm.formats.content import Node
+from ldm.formats.match import AUTOENCODER, TEXT, UNET
+
+Settings = Mapping[str, Any]
+# What our classes always do, in diffusers' words: anything else is another architecture.
+_UNET_ALWAYS: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+_VAE_ALWAYS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+_TEXT_ALWAYS: dict[str, Any] = {"layer_norm_eps": 1e-5}
+_MIDDLES = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
+
+
+def unet_node(config: Settings, where: str) -> Node:
+    """UNet2DConditionModel's settings as ours. ConfigError names the first that our U-Net has not."""
+    _check(config, _UNET_ALWAYS, where)
+    attends = _flags(config, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", where)
+    ups = _flags(config, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", where)
+    widths = list(config["block_out_channels"])
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if ups != attends[::-1] or middle not in _MIDDLES:
+        raise _other(where, "up_block_types" if middle in _MIDDLES else "mid_block_type", "a mirror of the way down")
+    return {
+        "_target_": UNET,
+        "in_channels": config.get("in_channels", 4),
+        "out_channels": config.get("out_channels", 4),
+        "block_channels": widths,
+        "layers_per_block": _one(config.get("layers_per_block", 2), "layers_per_block", where),
+        "attention_levels": attends,
+        "mid_attention": _MIDDLES[middle],
+        "cross_attention_dim": _one(config.get("cross_attention_dim", 1280), "cross_attention_dim", where),
+        **_heads(config, widths, where),
+        "transformer_depth": _one(config.get("transformer_layers_per_block", 1), "transformer_layers_per_block", where),
+        "linear_projection": config.get("use_linear_projection", False),
+        "norm_groups": config.get("norm_num_groups", 32),
+    }
+
+
+def unet_config(node: Settings, sample_size: int) -> dict[str, Any]:
+    """UNet2DConditionModel's config.json; node: every argument of ours, sample_size: latent pixels a side."""
+    widths, flags = list(node["block_channels"]), list(node["attention_levels"])
+    heads = node["num_heads"] or [max(1, width // node["head_dim"]) for width in widths]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": sample_size,
+        "in_channels": node["in_channels"],
+        "out_channels": node["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": node["layers_per_block"],
+        "down_block_types": ["CrossAttnDownBlock2D" if flag else "DownBlock2D" for flag in flags],
+        "up_block_types": ["CrossAttnUpBlock2D" if flag else "UpBlock2D" for flag in flags[::-1]],
+        "mid_block_type": {v: k for k, v in _MIDDLES.items()}[node["mid_attention"]],
+        "cross_attention_dim": node["cross_attention_dim"],
+        "attention_head_dim": heads,  # diffusers' name for the number of heads
+        "transformer_layers_per_block": node["transformer_depth"],
+        "use_linear_projection": node["linear_projection"],
+        "norm_num_groups": node["norm_groups"],
+        **_UNET_ALWAYS,
+    }
+
+
+def vae_node(config: Settings, where: str) -> Node:
+    """AutoencoderKL's settings as ours. ConfigError names the first that our autoencoder has not."""
+    _check(config, _VAE_ALWAYS, where)
+    attends = _flags(config, "down_block_types", "DownEncoderBlock2D", "AttnDownEncoderBlock2D", where)
+    ups = _flags(config, "up_block_types", "UpDecoderBlock2D", "AttnUpDecoderBlock2D", where)
+    if ups != attends[::-1]:
+        raise _other(where, "up_block_types", "a mirror of the way down")
+    node = {
+        "_target_": AUTOENCODER,
+        "in_channels": config.get("in_channels", 3),
+        "latent_channels": config.get("latent_channels", 4),
+        "block_channels": list(config["block_out_channels"]),
+        "layers_per_block": config.get("layers_per_block", 1),
+        "norm_groups": config.get("norm_num_groups", 32),
+        "mid_attention": config.get("mid_block_add_attention", True),
+    }
+    return node | ({"attention_levels": attends} if any(attends) else {})
+
+
+def vae_config(node: Settings, scaling: float, sample_size: int) -> dict[str, Any]:
+    """AutoencoderKL's config.json; node: every argument of ours, sample_size: image pixels a side."""
+    widths = list(node["block_channels"])
+    flags = list(node.get("attention_levels") or [False] * len(widths))
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": sample_size,
+        "in_channels": node["in_channels"],
+        "out_channels": node["in_channels"],
+        "latent_channels": node["latent_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": node["layers_per_block"],
+        "down_block_types": ["AttnDownEncoderBlock2D" if flag else "DownEncoderBlock2D" for flag in flags],
+        "up_block_types": ["AttnUpDecoderBlock2D" if flag else "UpDecoderBlock2D" for flag in flags[::-1]],
+        "norm_num_groups": node["norm_groups"],
+        "mid_block_add_attention": node["mid_attention"],
+        "scaling_factor": scaling,
+        **_VAE_ALWAYS,
+    }
+
+
+def text_node(config: Settings, where: str) -> Node:
+    """CLIPTextModel's settings as ours, or the text half of a whole CLIP's."""
+    config = config.get("text_config") or config
+    _check(config, _TEXT_ALWAYS, where)
+    width = config.get("hidden_size", 512)
+    if config.get("intermediate_size", 2048) != 4 * width:
+        raise _other(where, "intermediate_size", f"4 x hidden_size = {4 * width}")
+    return {
+        "_target_": TEXT,
+        "vocab_size": config.get("vocab_size", 49408),
+        "max_length": config.get("max_position_embeddings", 77),
+        "width": width,
+        "layers": config.get("num_hidden_layers", 12),
+        "heads": config.get("num_attention_heads", 8),
+        "activation": config.get("hidden_act", "quick_gelu"),
+        "pad": None,  # the tokenizer beside it knows
+    }
+
+
+def text_config(node: Settings, marks: Mapping[str, int]) -> dict[str, Any]:
+    """CLIPTextModel's config.json; node: every argument of ours, marks: bos_token_id and its like, the tokenizer's."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": node["vocab_size"],
+        "max_position_embeddings": node["max_length"],
+        "hidden_size": node["width"],
+        "intermediate_size": 4 * node["width"],
+        "projection_dim": node["width"],
+        "num_hidden_layers": node["layers"],
+        "num_attention_heads": node["heads"],
+        "hidden_act": node["activation"],
+        **marks,
+        **_TEXT_ALWAYS,
+    }
+
+
+def _heads(config: Settings, widths: list[int], where: str) -> dict[str, int | None]:
+    """One number of heads, or one width of them, at all levels."""
+    given = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # the latter counts heads too
+    counts = [given] * len(widths) if isinstance(given, int) else list(given)
+    dims = {width / n for width, n in zip(widths, counts, strict=True)}
+    if len(set(counts)) == 1:
+        return {"head_dim": None, "num_heads": counts[0]}
+    if len(dims) == 1:
+        return {"head_dim": int(dims.pop()), "num_heads": None}
+    raise _other(where, "attention_head_dim", "one number of heads, or heads of one width, at all levels")
+
+
+def _flags(config: Settings, key: str, plain: str, attending: str, where: str) -> list[bool]:
+    found = list(config.get(key) or [])
+    if any(block not in (plain, attending) for block in found) or not found:
+        raise _other(where, key, f"{plain} and {attending}")
+    return [block == attending for block in found]
+
+
+def _one(value: int | Sequence[int] | None, key: str, where: str) -> int | None:
+    if not isinstance(value, Sequence):
+        return value
+    if len(set(value)) != 1:
+        raise _other(where, key, "one value for all levels")
+    return value[0]
+
+
+def _check(config: Settings, always: Settings, where: str) -> None:
+    for key, value in always.items():
+        if config.get(key, value) != value:
+            raise _other(where, key, str(value), config[key])
+
+
+def _other(where: str, key: str, ours: str, theirs: Any = None) -> ConfigError:
+    said = key if theirs is None else f"{key}={theirs}"
+    return ConfigError(
+        f"{where} says {said}, which ldm's models do not have (they have {ours}): it is of another architecture. "
+        "Stable Diffusion 1 and 2, and models of their structure in other sizes, are read."
+    )

@@ -1,0 +1,109 @@
+"""What a file or folder is, from what is in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from ldm.errors import ConfigError
+from ldm.formats.content import read_json
+from ldm.formats.open import load
+
+Kind = Literal[
+    "ldm",  # a run or a checkpoint folder of ours
+    "diffusers",  # a pipeline's folder
+    "compvis",  # a single file
+    "vae",  # an autoencoder: a file in either spelling, or diffusers' folder
+    "unet",  # diffusers' folder of a U-Net
+    "text_encoder",  # transformers' folder of a CLIP
+    "lora",
+    "textual_inversion",
+    "hypernetwork",
+    "other",  # recognised, and not read here: `refusal` says what it is
+]
+_FOLDERS: dict[str, Kind] = {
+    "AutoencoderKL": "vae",
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+    "CLIPModel": "text_encoder",
+}
+_LORA = re.compile(r".*\.(lora_down|lora_up|lora_A|lora_B|down|up)\.(\w+\.)?weight|.*\.(hada_w1_a|lokr_w1|dora_scale)")
+_ADAPTER = "is an adapter, not a checkpoint: give the checkpoint that it belongs to, and this file as an adapter of it."
+# What names are tried for, in this order, and why such a file is not read as a checkpoint ("": it is).
+_SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
+    (
+        lambda k: (_LORA.fullmatch(k) and "lora" in k) or re.search(r"hada_w1|lokr_w1", k),
+        "lora",
+        f"a LoRA: it {_ADAPTER}",
+    ),
+    (
+        re.compile(r"string_to_param|emb_params|clip_[lg]$|<[^>]+>$").match,
+        "textual_inversion",
+        f"an embedding: it {_ADAPTER}",
+    ),
+    (re.compile(r"\d{3,4}$").match, "hypernetwork", f"a hypernetwork: it {_ADAPTER}"),
+    (
+        re.compile(r"control_model\.|controlnet_|input_hint_block\.").match,
+        "other",
+        "a ControlNet: it steers a checkpoint and is none itself. ControlNets are not supported.",
+    ),
+    (
+        re.compile(r"conditioner\.embedders\.").match,
+        "other",
+        "Stable Diffusion XL: it has two text encoders, which ldm's models do not. Stable Diffusion 1 and 2 are read.",
+    ),
+    (
+        re.compile(r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|transformer_blocks)\.").match,
+        "other",
+        "a transformer (Stable Diffusion 3, Flux or their like), not a U-Net. Stable Diffusion 1 and 2 are read.",
+    ),
+    (
+        re.compile(r"(first_stage_model\.)?quantize\.").match,
+        "other",
+        "or holds a VQ autoencoder: only KL autoencoders are read. Use format=ldm for those trained here.",
+    ),
+    (re.compile(r"model\.diffusion_model\.").match, "compvis", ""),
+    (re.compile(r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)").match, "vae", ""),
+    (
+        re.compile(r"(down_blocks|mid_block|up_blocks)\.").match,
+        "other",
+        "a U-Net's weights alone, whose settings stand in the config.json beside it: give the folder.",
+    ),
+    (
+        re.compile(r"(text_model\.)?(embeddings|encoder\.layers)\.").match,
+        "other",
+        "a text encoder's weights alone, whose settings stand in the config.json beside it: give the folder.",
+    ),
+]
+
+
+def of_names(names: Iterable[str]) -> tuple[Kind, str]:
+    """The kind of a file with these entries, and the sentence that refuses it as a checkpoint ("" for those read)."""
+    found = list(names)
+    for sign, kind, refusal in _SIGNS:
+        if any(sign(name) for name in found):
+            return kind, refusal
+    some = ", ".join(found[:3])
+    return "other", f"of no known kind: its entries are called {some or 'nothing at all'}. Give a checkpoint."
+
+
+def of_path(path: Path) -> Kind:
+    """The kind of an existing file or folder. ConfigError for a folder that is none, and for damaged files."""
+    if path.is_file():
+        return of_names(load(path).names)[0]
+    if (path / "model_index.json").is_file():
+        return "diffusers"
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        return "ldm"
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        for name in [config.get("_class_name"), *(config.get("architectures") or [])]:
+            if name in _FOLDERS:
+                return _FOLDERS[name]
+    raise ConfigError(
+        f"{path} is no checkpoint: it has no model_index.json (a diffusers pipeline), no checkpoints/ (a run of ours) "
+        "and no config.json of a part. Give such a folder, or a .safetensors or .ckpt file."
+    )

@@ -1,0 +1,79 @@
+"""Tensors against the classes that they should fill: every missing, unknown or misshapen one is an error."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.autoencoders.kl import AutoencoderKL
+from ldm.errors import ConfigError
+from ldm.formats.content import Node, State
+from ldm.models.unet import UNet
+from ldm.text.clip import CLIPText
+from ldm.text.small import SmallTextEncoder
+
+UNET, AUTOENCODER, TEXT = "ldm.models.unet.UNet", "ldm.autoencoders.kl.AutoencoderKL", "ldm.text.clip.CLIPText"
+CLASSES: dict[str, type[torch.nn.Module]] = {
+    UNET: UNet,
+    AUTOENCODER: AutoencoderKL,
+    TEXT: CLIPText,
+    "ldm.text.small.SmallTextEncoder": SmallTextEncoder,
+}
+_OURS = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT}
+
+
+def expected(node: Node) -> State:
+    """The state that fills what a node describes: names and shapes, on the meta device."""
+    return dict(_expected(json.dumps(node)))
+
+
+@lru_cache(maxsize=16)  # a U-Net takes a third of a second to build even on meta, and reading and writing both look
+def _expected(node: str) -> State:
+    arguments = json.loads(node)
+    kind = CLASSES[arguments["_target_"]]
+    with torch.device("meta"):
+        return kind(**{k: v for k, v in arguments.items() if not (k.startswith("_") and k.endswith("_"))}).state_dict()
+
+
+def settings(node: Node, part: str) -> dict[str, Any]:
+    """All arguments of a part's own class that a node stands for, defaults included, those of its subclass too."""
+    found: dict[str, Any] = {}
+    for kind in (CLASSES[_OURS[part]], CLASSES[node["_target_"]]):
+        parameters = inspect.signature(kind).parameters.values()
+        found |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return found | {k: v for k, v in node.items() if not k.startswith("_")}
+
+
+def carries(node: Node, part: str) -> bool:
+    """Whether a node is of the one architecture that other programs' formats know for this part."""
+    kind = CLASSES.get(node.get("_target_", ""))
+    return kind is not None and issubclass(kind, CLASSES[_OURS[part]])
+
+
+def architecture(part: str) -> str:
+    """Our class for a part, as people call it."""
+    return _OURS[part].rsplit(".", 1)[1]
+
+
+def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    """ConfigError that counts what is missing, unknown or of another shape, with the first three names."""
+    missing = [k for k in wanted if k not in state]
+    unknown = [k for k in state if k not in wanted]
+    shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if not (missing or unknown or shapes):
+        return
+    examples = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}" if key in shapes else key
+        for key in [*missing[:3], *unknown[:3], *shapes[:3]][:3]
+    ]
+    raise ConfigError(
+        f"{source} does not fit the model that it should fill: {len(missing)} tensors missing, {len(unknown)} unknown, "
+        f"{len(shapes)} of another shape (first: {', '.join(examples)}). It is of another architecture, or damaged; "
+        "config=DIR, a diffusers folder of the same model, says sizes that a file does not."
+    )

@@ -1,0 +1,120 @@
+"""Tensors out of files without running what the files may hold: safetensors, and torch's pickles as plain data.
+
+Files are told apart by their first bytes, never by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file's tensors as they are stored (read when they are touched), and what else it says."""
+
+    tensors: dict[str, Tensor]
+    names: tuple[str, ...]  # of all entries, those that are no tensors too
+    metadata: dict[str, str]  # of safetensors files
+    global_step: int | None = None  # of torch files
+
+
+def load(path: Path) -> Opened:
+    """Opens a .safetensors, .ckpt, .pt or .bin file. ConfigError for anything that is damaged or would run code."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ConfigError(f"{path} is empty: fetch it again.")
+    if start[8:9] == b"{":
+        return _safetensors(path, int.from_bytes(start[:8], "little"))
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return _torch(path)
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:16]):
+        line = start.decode("latin-1").splitlines()[0]
+        raise ConfigError(
+            f"{path} holds text, not tensors (it begins '{line[:40]}'): a download's error page or a Git LFS pointer "
+            "looks like this. Fetch the file itself."
+        )
+    raise ConfigError(
+        f"{path} is neither a safetensors nor a torch file. Give a .safetensors or .ckpt file, or a folder."
+    )
+
+
+def float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, contiguous: half precision is for files."""
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _safetensors(path: Path, header: int) -> Opened:
+    if 8 + header > path.stat().st_size:
+        raise ConfigError(f"{path} was cut short: its header alone is longer than the file. Fetch it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = tuple(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+            return Opened(tensors, names, file.metadata() or {})
+    except SafetensorError as error:
+        raise ConfigError(f"{path} was cut short or is damaged ({error}). Fetch it again.") from error
+
+
+# Names that published files mention beside their tensors. They hold no weights: inert objects stand in for them.
+_MENTIONED = [
+    *(
+        f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
+        for package in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+    ),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+    *(f"numpy.dtypes.{name}DType" for name in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+]
+
+
+class Inert:
+    """Stands where another library's object was: takes anything, keeps nothing, does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _torch(path: Path) -> Opened:
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in _MENTIONED]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
+        if named is None:
+            raise ConfigError(f"{path} is damaged, or holds more than plain data. Fetch it again.") from error
+        raise ConfigError(
+            f"{path} asks for {named[1]}, which is code: it was not run and the file was not read. "
+            "Take the .safetensors version of this model, or one from somebody you trust."
+        ) from error
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
+        raise ConfigError(f"{path} was cut short or is damaged. Fetch it again.") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not named tensors: it is no checkpoint.")
+    step = content.get("global_step")
+    top = tuple(str(name) for name in content)
+    while isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return Opened(
+        tensors, tuple(dict.fromkeys([*top, *map(str, content)])), {}, step if isinstance(step, int) else None
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"

@@ -1,0 +1,255 @@
+"""One file with every part, in CompVis' names: what the programs around Stable Diffusion exchange.
+
+Such a file says neither heads nor schedule nor words. Published sizes are known by their shapes (`known.py`); for
+others config= names a diffusers folder. Files written here say it all in their metadata (`single_metadata.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.errors import ConfigError
+from ldm.formats import fold, known, sizes, text_keys, unet_keys, vae_keys
+from ldm.formats.content import PARTS, Checkpoint, Node, State
+from ldm.formats.diffusers_folder import Described
+from ldm.formats.match import AUTOENCODER, TEXT, UNET, expected, match, settings
+from ldm.formats.open import Opened, float32
+
+# What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
+_HARMLESS = re.compile(
+    r"betas|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|logvar|lvlb_weights|scale_factor"
+    r"|model_ema\..*|(first_stage_model\.)?(loss|model_ema)\..*|denoiser\.sigmas|embedding_manager\..*|.*\.position_ids"
+)
+
+
+def read(opened: Opened, source: Path, given: Described | None, weights: str) -> Checkpoint:
+    """A single file's parts; `given`: what the file or config= says of what shapes do not say."""
+    names = {k: v for k, v in opened.tensors.items() if not _HARMLESS.fullmatch(k)}
+    theirs = _under(names, unet_keys.PREFIX)
+    vae = _under(names, vae_keys.PREFIX)
+    clip, openclip = _under(names, text_keys.CLIP), _under(names, text_keys.OPENCLIP)
+    prefixes = (unet_keys.PREFIX, vae_keys.PREFIX, text_keys.CLIP, text_keys.OPENCLIP)
+    strays = {k: v for k, v in names.items() if not k.startswith(prefixes)}
+    match(strays, {}, str(source))
+    checkpoint = Checkpoint({}, {})
+    if theirs:
+        _read_unet(checkpoint, theirs, opened, source, given, weights)
+    if clip or openclip:
+        text = text_keys.from_openclip(openclip) if openclip else text_keys.from_transformers(clip)
+        _read_text(checkpoint, text, bool(openclip), source, given)
+    if vae:
+        add_vae(checkpoint, vae, source, given, opened.tensors.get("scale_factor"))
+    _settle_rest(checkpoint, opened, source, given)
+    return checkpoint
+
+
+def read_vae(opened: Opened, source: Path, given: Described | None) -> Checkpoint:
+    """A file with an autoencoder alone, in CompVis' names, with or without the prefix, or in diffusers'."""
+    names = {k: v for k, v in opened.tensors.items() if not _HARMLESS.fullmatch(k)}
+    checkpoint = Checkpoint({}, {})
+    state = {k.removeprefix(vae_keys.PREFIX): v for k, v in names.items()}
+    add_vae(checkpoint, state, source, given, opened.tensors.get("scale_factor"))
+    if given is None and bool(checkpoint.states["vae"]["latents.scale"].isfinite().all()):
+        warnings.warn(
+            f"{source} does not say its latents' scaling factor: {known.SCALING}, Stable Diffusion's, is taken. "
+            "config=DIR, a diffusers folder of the same autoencoder, says another.",
+            stacklevel=3,
+        )
+    return checkpoint
+
+
+def add_vae(
+    checkpoint: Checkpoint, state: State, source: Path, given: Described | None, scale_factor: Tensor | None
+) -> None:
+    """Reads an autoencoder's tensors, without prefix, into the checkpoint."""
+    ours = vae_keys.from_compvis(state) if vae_keys.is_compvis(state) else vae_keys.from_diffusers(state)
+    found = sizes.autoencoder(ours)
+    key = (tuple(found["block_channels"]), found["latent_channels"])
+    node = _complete(found, known.AUTOENCODERS.get(key), given, "autoencoder", source)
+    wanted = expected(node)
+    stable_diffusion = key == (known.AUTOENCODER, 4)
+    scaling, shift = (given.scaling, given.shift) if given else (known.SCALING if stable_diffusion else None, None)
+    if scale_factor is not None:
+        scaling = float(scale_factor)
+    state = ours | fold.units(wanted, scaling, shift)
+    match(state, wanted, f"{source} (autoencoder)")
+    checkpoint.config["autoencoder"] = node
+    checkpoint.states["vae"] = {k: float32(state[k]) for k in wanted}
+
+
+def _read_unet(
+    checkpoint: Checkpoint, theirs: State, opened: Opened, source: Path, given: Described | None, weights: str
+) -> None:
+    found = sizes.unet(theirs)
+    key = (tuple(found["block_channels"]), found["cross_attention_dim"])
+    node = _complete(found, known.UNETS.get(key), given, "model", source)
+    wanted = expected(node)
+    names = unet_keys.compvis_names(wanted)
+    if weights == "ema":
+        averaged = {name: opened.tensors.get(unet_keys.ema_name(name)) for name in names.values()}
+        if any(tensor is not None for tensor in averaged.values()):
+            match({k: v for k, v in averaged.items() if v is not None}, theirs, f"{source} (averaged U-Net)")
+            theirs = {k: v for k, v in averaged.items() if v is not None}
+    inverse = {name: ours for ours, name in names.items()}
+    state = {inverse.get(name, unet_keys.PREFIX + name): tensor for name, tensor in theirs.items()}
+    match(state, wanted, f"{source} (U-Net)")
+    checkpoint.config["model"] = node
+    checkpoint.states["unet"] = {k: float32(state[k]) for k in wanted}
+
+
+def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Path, given: Described | None) -> None:
+    found = sizes.text_encoder(state)
+    node = _complete(found, known.TEXTS.get((found["width"], openclip)), given, "text_encoder", source)
+    if (settings(node, "text_encoder")["activation"] == "gelu") != openclip:
+        raise ConfigError(
+            f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the "
+            "other. Give the diffusers folder of the same model."
+        )
+    wanted = expected(node)
+    match(state, wanted, f"{source} (text encoder)")
+    checkpoint.config["text_encoder"] = node
+    checkpoint.states["text_encoder"] = {k: float32(state[k]) for k in wanted}
+
+
+_TARGETS = {"model": UNET, "autoencoder": AUTOENCODER, "text_encoder": TEXT}
+# A folder that differs in these is of another model.
+_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection")
+
+
+def _complete(
+    found: dict[str, Any], rest: Mapping[str, Any] | None, given: Described | None, key: str, source: Path
+) -> Node:
+    """The node: sizes from the shapes, the rest from what is given or known of published files."""
+    node = given.checkpoint.config.get(key) if given else None
+    if node is not None:
+        said = _says(node, next(part for part in PARTS if PARTS[part] == key))
+        for name in _SAME:
+            if name in found and found[name] != said[name]:
+                raise ConfigError(
+                    f"{source} has {key}.{name}={found[name]}, but config= says {said[name]}: it is another model's. "
+                    "Give the diffusers folder of the same model."
+                )
+        return {**node, **found}
+    if rest is None:
+        raise ConfigError(
+            f"{source}: the {key}'s sizes ({_some(found)}) are no published ones, and such a file does not say heads "
+            "or groups: give config=DIR, a diffusers folder of the same model."
+        )
+    return {"_target_": _TARGETS[key], **found, **rest}
+
+
+def _some(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={found[name]}" for name in _SAME[:3] if name in found)
+
+
+def _settle_rest(checkpoint: Checkpoint, opened: Opened, source: Path, given: Described | None) -> None:
+    """Schedule, words and picture size, where they are not in the file."""
+    if given is not None:
+        checkpoint.scheduler_config = given.checkpoint.scheduler_config
+        checkpoint.tokenizer = given.checkpoint.tokenizer
+        if "image_size" in given.checkpoint.config:
+            checkpoint.config["image_size"] = given.checkpoint.config["image_size"]
+    if "model" not in checkpoint.config:
+        return
+    if checkpoint.scheduler_config is None:
+        prediction = _prediction(opened, checkpoint.config["model"], source)
+        checkpoint.scheduler_config = known.scheduler_config(prediction)
+        checkpoint.scheduler_config |= known.table(opened.tensors.get("betas"))
+        checkpoint.config.setdefault("image_size", 768 if prediction == "v_prediction" else 512)
+
+
+def _prediction(opened: Opened, model: Node, source: Path) -> str:
+    said = opened.metadata.get("modelspec.prediction_type")
+    if said is not None:
+        return "v_prediction" if said.startswith("v") else "epsilon"
+    if not model["linear_projection"]:
+        return "epsilon"
+    prediction = "epsilon" if opened.global_step == known.BASE_STEP else "v_prediction"
+    warnings.warn(
+        f"{source} does not say what its network predicts: {prediction} is taken, because its global_step is "
+        f"{opened.global_step} and files of Stable Diffusion 2 predict v, but for the one of {known.BASE_STEP} steps. "
+        "If the pictures are noise, give config=DIR, a diffusers folder of the same model.",
+        stacklevel=4,
+    )
+    return prediction
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# Writing.
+
+
+def to_compvis(checkpoint: Checkpoint) -> State:
+    """All tensors in CompVis' names; an autoencoder alone without the prefix, as such files are published.
+
+    Latents leave in Stable Diffusion's units: these files have no place for others, so all readers take them for those.
+    """
+    vae = checkpoint.states["vae"]
+    if fold.scaling_factor(vae) != known.SCALING:
+        vae = fold.folded(vae, known.SCALING)
+    if set(checkpoint.states) == {"vae"}:
+        return vae_keys.to_compvis(vae)
+    found = {vae_keys.PREFIX + k: v for k, v in vae_keys.to_compvis(vae).items()}
+    unet, text = checkpoint.states["unet"], checkpoint.states["text_encoder"]
+    names = unet_keys.compvis_names(unet)
+    found |= {unet_keys.PREFIX + names[k]: v for k, v in unet.items()}
+    if is_openclip(checkpoint):
+        return found | {text_keys.OPENCLIP + k: v for k, v in text_keys.to_openclip(text).items()}
+    return found | {text_keys.CLIP + k: v for k, v in text.items()}
+
+
+def is_openclip(checkpoint: Checkpoint) -> bool:
+    """Whether the text encoder leaves in OpenCLIP's names: readers take theirs for gelu, CLIP's for quick_gelu."""
+    activation = settings(checkpoint.config["text_encoder"], "text_encoder")["activation"]
+    return activation == "gelu"
+
+
+def found_again(checkpoint: Checkpoint, tensors: State, step: int | None) -> bool:
+    """Whether the file's shapes alone would give this model back: then it needs no metadata."""
+    opened, alone = Opened(tensors, tuple(tensors), {}, step), set(checkpoint.states) == {"vae"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            name = Path("the file")
+            again = read_vae(opened, name, None) if alone else read(opened, name, None, "raw")
+    except ConfigError:
+        return False
+    for part, key in PARTS.items():
+        if part not in checkpoint.states:
+            continue
+        mine, theirs = _says(checkpoint.config[key], part), _says(again.config[key], part)
+        if any(mine[k] != theirs[k] for k in mine if k in theirs):
+            return False
+    if not again.states["vae"]["latents.scale"].isfinite().all():  # a first stage whose units nobody knows
+        return False
+    return alone or _schedule(checkpoint.scheduler_config) == _schedule(again.scheduler_config)
+
+
+def _says(node: Node, part: str) -> dict[str, Any]:
+    """What a node says of the model itself, not of where its weights come from or how it is run."""
+    found = settings(node, part)
+    if found.get("pad") is None:  # the tokenizer's own
+        found.pop("pad", None)
+    if part == "vae" and not any(found.get("attention_levels") or ()):
+        found.pop("attention_levels", None)
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in found.items()
+        if k not in ("tokenizer", "pretrained", "checkpoint")
+    }
+
+
+def _schedule(config: Mapping[str, Any] | None) -> list[Any]:
+    """What a scheduler's configuration says of the model: its noise table and its target, not how it is sampled."""
+    said = {"prediction_type": "epsilon"} | dict(config or {})
+    return [said.get(k) for k in (*known.TABLE, "prediction_type")] + [
+        bool(said.get(k)) for k in ("trained_betas", "rescale_betas_zero_snr")
+    ]

@@ -1,0 +1,74 @@
+"""What single files say in their safetensors metadata: everything that shapes do not, so that they need no config=."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ldm.errors import ConfigError
+from ldm.formats import known
+from ldm.formats.content import PARTS, Checkpoint
+from ldm.formats.diffusers_folder import Described
+from ldm.formats.match import carries
+from ldm.text.tokenizer import load_tokenizer, save_tokenizer
+
+CONFIG, SCHEDULER, WORDS = "ldm.config", "ldm.scheduler_config", "ldm.tokenizer"
+KEYS = (*PARTS.values(), "image_size")
+_WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def pack(checkpoint: Checkpoint) -> dict[str, str]:
+    """Metadata of the file. The tokenizer travels unless it is CLIP's published one, which everybody has."""
+    nodes = {key: _portable(checkpoint.config[key]) for key in KEYS if key in checkpoint.config}
+    found = {"format": "pt", CONFIG: json.dumps(nodes), "ldm.scaling_factor": str(known.SCALING)}
+    if checkpoint.scheduler_config is not None:
+        found[SCHEDULER] = json.dumps(checkpoint.scheduler_config)
+        prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
+        found["prediction_type"] = prediction
+        if prediction in ("epsilon", "v_prediction"):
+            found["modelspec.prediction_type"] = prediction.removesuffix("_prediction")
+    if checkpoint.tokenizer is not None:
+        words = load_tokenizer(checkpoint.tokenizer)
+        if len(words) != known.VOCABULARY:
+            with TemporaryDirectory() as folder:
+                save_tokenizer(words, folder)
+                texts = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in _WORD_FILES}
+            found[WORDS] = json.dumps(texts)
+    return found
+
+
+def _portable(value: Any) -> Any:
+    """A node without the paths of the machine that it was written on."""
+    return (
+        {k: v for k, v in value.items() if k not in ("pretrained", "tokenizer")} if isinstance(value, dict) else value
+    )
+
+
+def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
+    """What `pack` wrote, None for files of other programs. Only our own classes are accepted from a file."""
+    if CONFIG not in metadata:
+        return None
+    try:
+        config: dict[str, Any] = {k: v for k, v in json.loads(metadata[CONFIG]).items() if k in KEYS}
+        schedule = json.loads(metadata[SCHEDULER]) if SCHEDULER in metadata else None
+        words: dict[str, str] = json.loads(metadata[WORDS]) if WORDS in metadata else {}
+        scaling = float(metadata["ldm.scaling_factor"])
+        strange = [key for part, key in PARTS.items() if key in config and not carries(config[key], part)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{source}: its metadata of ldm's cannot be read ({error!r}). Fetch the file again."
+        ) from error
+    if strange:
+        raise ConfigError(
+            f"{source}: its metadata name {config[strange[0]]}, which no file of ldm's says. Do not use it."
+        )
+    checkpoint = Checkpoint(config, {}, schedule)
+    if words:
+        folder = TemporaryDirectory(prefix="ldm-tokenizer-")
+        for name in _WORD_FILES:
+            (Path(folder.name) / name).write_text(words.get(name, "{}"), encoding="utf-8")
+        checkpoint.tokenizer, checkpoint.keep = Path(folder.name), [folder]
+    return Described(checkpoint, scaling)
