@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import Spacing
@@ -59,7 +59,7 @@ class Request:
 class Sampler:
     """A denoiser between a text encoder and an autoencoder."""
 
-    def __init__(self, denoiser: Denoiser, autoencoder: AutoencoderKL, text_encoder: TextEncoder):
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder, text_encoder: TextEncoder):
         self.denoiser, self.autoencoder, self.text_encoder = denoiser, autoencoder, text_encoder
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from ldm.errors import ConfigError
 class ShardDataModule(L.LightningDataModule):
     """Training and validation batches from one folder of shards, of images or of latents.
 
-    Batches: "image" uint8 (B, 3, H, W) or "latent" float32 (B, 2C, h, w), "caption", "key", "index"; validation adds
+    Batches: "image" uint8 (B, 3, H, W) or "latent" float32 (B, MC, h, w), "caption", "key", "index"; validation adds
     "valid" (B,). The state of the training loader travels in Lightning's checkpoint with the loader.
     """
 

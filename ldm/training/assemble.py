@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
@@ -32,7 +32,7 @@ DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "paramet
 class Parts:
     """What sampling needs. An autoencoder alone has neither denoiser nor text encoder."""
 
-    autoencoder: AutoencoderKL
+    autoencoder: Autoencoder
     denoiser: Denoiser | None = None
     text_encoder: TextEncoder | None = None
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.errors import ConfigError
 from ldm.text.clip import CLIPText
 from ldm.training.assemble import Parts, fill
@@ -49,7 +49,7 @@ def check_pretrained(config: Mapping[str, Any], needs_autoencoder: bool) -> None
         raise ConfigError(" ".join(missing))
 
 
-def load_autoencoder(autoencoder: AutoencoderKL, name: str) -> None:
+def load_autoencoder(autoencoder: Autoencoder, name: str) -> None:
     """Weights and scaling factor of a diffusers autoencoder folder, or of the `vae` folder of a whole pipeline."""
     folder = _autoencoder_folder(name)
     config = json.loads((folder / VAE_FILES[0]).read_text())
