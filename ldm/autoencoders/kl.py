@@ -23,7 +23,8 @@ EPS = 1e-6  # of every GroupNorm here
 class Autoencoder(nn.Module):
     """`encode` and `decode` speak raw latents; `latents` knows what makes them standardised ones.
 
-    A kind says how many numbers describe a latent's law (`moments_per_channel`), what law that is (`posterior`), and what holds the latents in check while it is trained (`regulariser`, which logs `regulariser_names`).
+    A kind says how many numbers describe a latent's law (`moments_per_channel`), what law that is (`posterior`), and
+    what holds the latents in check while it is trained (`regulariser`, which logs `regulariser_names`).
     """
 
     moments_per_channel: ClassVar[int]
