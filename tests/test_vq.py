@@ -168,7 +168,7 @@ def test_a_run_learns_resumes_exactly_and_its_latents_are_diffused(tmp_path, mon
     parts, _, _ = load_trained(whole.path)
     assert parts.autoencoder.latents.scale.unique().numel() == 1
     settings = config(
-        *(f"shards={written.output}", "autoencoder=vq_tiny", "model.in_channels=3", "model.out_channels=3"),
+        *(f"shards={written.output}", "autoencoder=vq_tiny", "+model.in_channels=3", "+model.out_channels=3"),
         *("max_steps=2", "callbacks.validation.every_n_steps=2"),
     )
     assert train_run(settings, lambda digest: tmp_path / "diffusion").metrics["val/loss"] > 0
