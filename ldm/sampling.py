@@ -73,7 +73,7 @@ class Sampler:
         levels = solver.levels(self.denoiser.scheduler, request.num_steps, request.spacing)
         cond = self.text_encoder.encode(list(request.prompts)).to(device)
         reference: Condition | None = None
-        if request.guidance > 1 and cond.context is not None:
+        if request.guidance > 1 and (cond.context is not None or cond.pooled is not None):
             reference = self.text_encoder.encode(list(request.negative_prompts or [""] * n)).to(device)
         denoise = request.guider(self.denoiser, cond, reference, request.guidance)
         channels, factor = len(self.autoencoder.latents.mean), self.autoencoder.factor
