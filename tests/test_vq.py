@@ -17,6 +17,7 @@ from ldm.errors import ConfigError
 from ldm.tasks.encode import encode_shards
 from ldm.training.assemble import load_trained
 from ldm.training.checkpoints import all_folders
+from ldm.training.pretrained import load_autoencoder
 from ldm.training.run import train_run
 
 
@@ -32,7 +33,7 @@ def pictures(n: int = 3, size: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("attention_levels", [None, (False, False, True)])
-def test_equal_to_diffusers(attention_levels) -> None:
+def test_equal_to_diffusers(attention_levels, tmp_path) -> None:
     diffusers = pytest.importorskip("diffusers")
     flags = attention_levels or (False,) * 3
     torch.manual_seed(0)
@@ -47,8 +48,9 @@ def test_equal_to_diffusers(attention_levels) -> None:
     ).eval()
     torch.nn.init.normal_(reference.quantize.embedding.weight, std=0.3)
     ours = VQModel(block_channels=(8, 16, 24), codebook_size=32, norm_groups=4, attention_levels=attention_levels)
-    result = ours.load_state_dict(reference.state_dict(), strict=False)
-    assert result.unexpected_keys == [] and all(key.startswith("latents.") for key in result.missing_keys)
+    reference.save_pretrained(tmp_path)
+    load_autoencoder(ours, str(tmp_path))  # strict
+    assert ours.latents.scale.tolist() == pytest.approx([1 / reference.config.scaling_factor] * 3)
     with torch.no_grad():
         z = ours.encode(pictures()).mode()
         torch.testing.assert_close(z, reference.encode(pictures()).latents, atol=1e-5, rtol=0)

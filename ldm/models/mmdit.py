@@ -90,7 +90,8 @@ class MMDiT(nn.Module):
 class JointBlock(nn.Module):
     """Both streams attend to both, then go through their own MLP; the identity at first.
 
-    The last block's text only feeds the picture: its own outcome would be dropped, so it has no weights for one.
+    The last block's text only feeds the picture: it has no weights for an outcome of its own, which would be dropped
+    (but for its queries, which published files hold).
     """
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool, last: bool):
