@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import Spacing
@@ -59,7 +59,7 @@ class Request:
 class Sampler:
     """A denoiser between a text encoder and an autoencoder."""
 
-    def __init__(self, denoiser: Denoiser, autoencoder: AutoencoderKL, text_encoder: TextEncoder):
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder, text_encoder: TextEncoder):
         self.denoiser, self.autoencoder, self.text_encoder = denoiser, autoencoder, text_encoder
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class Sampler:
         levels = solver.levels(self.denoiser.scheduler, request.num_steps, request.spacing)
         cond = self.text_encoder.encode(list(request.prompts)).to(device)
         reference: Condition | None = None
-        if request.guidance > 1 and cond.context is not None:
+        if request.guidance > 1 and (cond.context is not None or cond.pooled is not None):
             reference = self.text_encoder.encode(list(request.negative_prompts or [""] * n)).to(device)
         denoise = request.guider(self.denoiser, cond, reference, request.guidance)
         channels, factor = len(self.autoencoder.latents.mean), self.autoencoder.factor

@@ -21,17 +21,24 @@ ARCHITECTURES = {
     "one_layer_no_attention": dict(
         block_channels=(8, 16), layers_per_block=1, norm_groups=4, mid_attention=False, latent_channels=3
     ),
+    "attention_at_two_levels": dict(
+        block_channels=(8, 16, 24),
+        layers_per_block=2,
+        norm_groups=4,
+        mid_attention=True,
+        attention_levels=(False, True, True),
+    ),
 }
 
 
 def pair(name: str) -> tuple[AutoencoderKL, torch.nn.Module]:
     diffusers = pytest.importorskip("diffusers")
     ours = ARCHITECTURES[name]
-    levels = len(ours["block_channels"])
+    flags = ours.get("attention_levels", [False] * len(ours["block_channels"]))
     torch.manual_seed(0)
     reference = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=tuple("AttnDownEncoderBlock2D" if f else "DownEncoderBlock2D" for f in flags),
+        up_block_types=tuple("AttnUpDecoderBlock2D" if f else "UpDecoderBlock2D" for f in reversed(flags)),
         block_out_channels=ours["block_channels"],
         layers_per_block=ours["layers_per_block"],
         norm_num_groups=ours["norm_groups"],
@@ -97,6 +104,11 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 def test_widths_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"autoencoder\.norm_groups=8"):
         AutoencoderKL(block_channels=(8, 16), norm_groups=32)
+
+
+def test_attention_flags_are_one_a_level() -> None:
+    with pytest.raises(ConfigError, match="1 flags for 2 levels"):
+        AutoencoderKL(block_channels=(8, 16), norm_groups=4, attention_levels=[True])
 
 
 def test_autoencoder_learns() -> None:
@@ -229,7 +241,7 @@ def test_preview_recovers_a_linear_decoder() -> None:
     torch.testing.assert_close(space.preview(x0), averaged, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("file", sorted((CONF / "autoencoder").glob("kl_*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((CONF / "autoencoder").glob("*.yaml")), ids=lambda f: f.stem)
 def test_parameter_counts_in_the_yaml_comments(file: Path) -> None:
     with torch.device("meta"):
         count = sum(p.numel() for p in instantiate(OmegaConf.load(file)).parameters())

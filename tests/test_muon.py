@@ -103,3 +103,17 @@ def test_every_direction_moves_alike_however_small_its_gradient():
 def test_a_momentum_of_one_is_refused():
     with pytest.raises(ConfigError, match="momentum"):
         Muon(_network().named_parameters(), momentum=1.0)
+
+
+def test_tables_are_adamws():
+    """Rows of an embedding are no directions of a map: without being named they are left alone."""
+    torch.manual_seed(0)
+    networks = [nn.ModuleDict({"words": nn.ModuleDict({"embedding": nn.Embedding(6, 4)})}) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    muon = Muon(networks[0].named_parameters(), lr=1e-2)
+    adamw = torch.optim.AdamW(networks[1].parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for network, optimizer in zip(networks, (muon, adamw), strict=True):
+        network["words"]["embedding"](torch.tensor([1, 4])).square().sum().backward()
+        optimizer.step()
+    weights = [network["words"]["embedding"].weight for network in networks]
+    assert torch.equal(*weights)

@@ -1,4 +1,4 @@
-"""The KL-regularised autoencoder of latent diffusion: images to a small grid of Gaussians, and back.
+"""The autoencoders' convolutional networks, what all kinds share, and the KL-regularised kind of Stable Diffusion.
 
 Rombach et al. 2022, section 3.1 and appendix G; state-dict keys are diffusers', plus `latents.*`.
 """
@@ -6,6 +6,7 @@ Rombach et al. 2022, section 3.1 and appendix G; state-dict keys are diffusers',
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -19,47 +20,56 @@ from ldm.models.unet import check_groups
 EPS = 1e-6  # of every GroupNorm here
 
 
-class AutoencoderKL(nn.Module):
-    """`encode` and `decode` speak raw latents; `latents` knows what makes them standardised ones."""
+class Autoencoder(nn.Module):
+    """`encode` and `decode` speak raw latents; `latents` knows what makes them standardised ones.
+
+    A kind says how many numbers describe a latent's law (`moments_per_channel`), what law that is (`posterior`), and
+    what holds the latents in check while it is trained (`regulariser`, which logs `regulariser_names`).
+    """
+
+    moments_per_channel: ClassVar[int]
+    regulariser_names: ClassVar[tuple[str, ...]]
+    one_scale: ClassVar[bool] = False  # whether standardised latents share one scale in all channels
 
     def __init__(
         self,
-        *,
-        in_channels: int = 3,  # of the images
-        latent_channels: int = 4,  # of the latents
-        block_channels: Sequence[int] = (
-            128,
-            256,
-            512,
-            512,
-        ),  # width of each level, finest first; each but the last halves
-        layers_per_block: int = 2,  # resnets a level in the encoder; one more in the decoder
-        norm_groups: int = 32,  # of every GroupNorm
-        mid_attention: bool = True,  # whether the coarsest level has attention
-        pretrained: str | None = None,  # hub id or folder of published weights, read by the trainer; null: none
+        in_channels: int,
+        latent_channels: int,
+        block_channels: Sequence[int],
+        layers_per_block: int,
+        norm_groups: int,
+        attention_levels: Sequence[bool] | None,
+        mid_attention: bool,
+        pretrained: str | None,
     ):
         super().__init__()
         self.pretrained = pretrained
         check_groups(block_channels, norm_groups, "autoencoder")
+        flags = _checked_flags(attention_levels, block_channels)
+        shape = (block_channels, layers_per_block, norm_groups, flags, mid_attention)
+        moments = self.moments_per_channel * latent_channels
         self.factor = 2 ** (len(block_channels) - 1)  # image pixels for one latent pixel, each way
-        self.encoder = Encoder(
-            in_channels, 2 * latent_channels, block_channels, layers_per_block, norm_groups, mid_attention
-        )
-        self.quant_conv = Conv1x1(2 * latent_channels, 2 * latent_channels)
+        self.encoder = Encoder(in_channels, moments, *shape)
+        self.quant_conv = Conv1x1(moments, moments)
         self.post_quant_conv = Conv1x1(latent_channels, latent_channels)
-        self.decoder = Decoder(
-            latent_channels, in_channels, block_channels, layers_per_block, norm_groups, mid_attention
-        )
-        self.latents = LatentSpace(latent_channels)
+        self.decoder = Decoder(latent_channels, in_channels, *shape)
+        self.latents = LatentSpace(latent_channels, self.one_scale)
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight: there the adversarial gradient is measured (Esser et al. 2021, eq. 7)."""
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
+    def posterior(self, moments: Tensor) -> Posterior:  # (B,MC,h,w), M of them a channel, from the encoder or a cache
+        raise NotImplementedError(f"{type(self).__name__} must say what its encoder's output means.")
+
+    def regulariser(self, posterior: Posterior, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,), added to the reconstruction error of each image, and (B,) values to log, by `regulariser_names`."""
+        raise NotImplementedError(f"{type(self).__name__} must say what holds its latents in check.")
+
     def encode(self, images: Tensor) -> Posterior:  # (B,3,H,W) in [-1, 1] -> q(z | image), (B,C,H/f,W/f)
         self._check_size(*images.shape[-2:])
-        return Posterior.from_moments(self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))))
+        return self.posterior(self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))))
 
     def decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,fh,fw)
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
@@ -74,11 +84,60 @@ class AutoencoderKL(nn.Module):
             )
 
 
-class Encoder(nn.Module):
-    """Resnets and halvings, then the middle, then the moments."""
+class AutoencoderKL(Autoencoder):
+    """Images to a small grid of Gaussians, held near N(0, 1) by a slight KL term, and back."""
+
+    moments_per_channel = 2  # mean and log variance
+    regulariser_names = ("kl",)
 
     def __init__(
-        self, in_channels: int, out_channels: int, block_channels: Sequence[int], layers: int, groups: int, mid: bool
+        self,
+        *,
+        in_channels: int = 3,  # of the images
+        latent_channels: int = 4,  # of the latents
+        block_channels: Sequence[int] = (
+            128,
+            256,
+            512,
+            512,
+        ),  # width of each level, finest first; each but the last halves
+        layers_per_block: int = 2,  # resnets a level in the encoder; one more in the decoder
+        norm_groups: int = 32,  # of every GroupNorm
+        attention_levels: Sequence[bool] | None = None,  # which levels have attention after each resnet; null: none
+        mid_attention: bool = True,  # whether the middle, behind the coarsest level, has attention
+        pretrained: str | None = None,  # hub id or folder of published weights, read by the trainer; null: none
+    ):
+        super().__init__(
+            in_channels,
+            latent_channels,
+            block_channels,
+            layers_per_block,
+            norm_groups,
+            attention_levels,
+            mid_attention,
+            pretrained,
+        )
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        return Posterior.from_moments(moments)
+
+    def regulariser(self, posterior: Posterior, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        kl = posterior.kl()
+        return kl_weight * kl, {"kl": kl}
+
+
+class Encoder(nn.Module):
+    """Resnets (and attention) and halvings, then the middle, then the moments."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        block_channels: Sequence[int],
+        layers: int,
+        groups: int,
+        attend: Sequence[bool],  # a flag a level
+        mid: bool,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, block_channels[0], 3, padding=1)
@@ -86,7 +145,7 @@ class Encoder(nn.Module):
         width = block_channels[0]
         for level, channels in enumerate(block_channels):
             last = level == len(block_channels) - 1
-            self.down_blocks.append(DownBlock(width, channels, layers, groups, halve=not last))
+            self.down_blocks.append(DownBlock(width, channels, layers, groups, attend[level], halve=not last))
             width = channels
         self.mid_block = MidBlock(width, groups, mid)
         self.conv_norm_out = GroupNormSiLU(groups, width, eps=EPS)
@@ -103,7 +162,14 @@ class Decoder(nn.Module):
     """The encoder's mirror image, with one resnet more a level."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, block_channels: Sequence[int], layers: int, groups: int, mid: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        block_channels: Sequence[int],
+        layers: int,
+        groups: int,
+        attend: Sequence[bool],  # a flag a level
+        mid: bool,
     ):
         super().__init__()
         width = block_channels[-1]
@@ -111,7 +177,7 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(width, groups, mid)
         self.up_blocks = nn.ModuleList()
         for level, channels in reversed(list(enumerate(block_channels))):
-            self.up_blocks.append(UpBlock(width, channels, layers + 1, groups, double=level > 0))
+            self.up_blocks.append(UpBlock(width, channels, layers + 1, groups, attend[level], double=level > 0))
             width = channels
         self.conv_norm_out = GroupNormSiLU(groups, width, eps=EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -123,31 +189,45 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class DownBlock(nn.Module):
-    """Resnets, then half the size if this is not the coarsest level."""
+class _Level(nn.Module):
+    """Resnets of one resolution, each followed by attention if the level has it."""
 
-    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, halve: bool):
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, attend: bool):
         super().__init__()
         self.resnets = _resnets(in_channels, channels, layers, groups)
-        self.downsamplers = nn.ModuleList([DownsampleRightBottom(channels)] if halve else [])
+        self.attentions = nn.ModuleList(PixelAttention(channels, groups) for _ in range(layers if attend else 0))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H/2,W/2)
-        for module in (*self.resnets, *self.downsamplers):
-            x = module(x)
+    def layers(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H,W)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if len(self.attentions) > 0:
+                x = self.attentions[i](x)
         return x
 
 
-class UpBlock(nn.Module):
-    """Resnets, then twice the size if this is not the finest level."""
+class DownBlock(_Level):
+    """A level of the encoder; it ends with half the size if it is not the coarsest."""
 
-    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, double: bool):
-        super().__init__()
-        self.resnets = _resnets(in_channels, channels, layers, groups)
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, attend: bool, halve: bool):
+        super().__init__(in_channels, channels, layers, groups, attend)
+        self.downsamplers = nn.ModuleList([DownsampleRightBottom(channels)] if halve else [])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H/2,W/2)
+        x = self.layers(x)
+        for down in self.downsamplers:
+            x = down(x)
+        return x
+
+
+class UpBlock(_Level):
+    """A level of the decoder; it ends with twice the size if it is not the finest."""
+
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, attend: bool, double: bool):
+        super().__init__(in_channels, channels, layers, groups, attend)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if double else [])
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',2H,2W)
-        for resnet in self.resnets:
-            x = resnet(x)
+        x = self.layers(x)
         for up in self.upsamplers:
             x = up(x, 2 * x.shape[-2], 2 * x.shape[-1])
         return x
@@ -195,3 +275,14 @@ def _neighbours(size: int, factor: int) -> set[int]:
     """The nearest multiples of the factor below and above, never 0."""
     below = size // factor * factor
     return {below or factor, -(-size // factor) * factor}
+
+
+def _checked_flags(attention_levels: Sequence[bool] | None, block_channels: Sequence[int]) -> list[bool]:
+    """One flag a level."""
+    flags = list(attention_levels or [False] * len(block_channels))
+    if len(flags) != len(block_channels):
+        raise ConfigError(
+            f"autoencoder.attention_levels has {len(flags)} flags for {len(block_channels)} levels of "
+            f"autoencoder.block_channels: give one flag a level, finest first, or null for none."
+        )
+    return flags

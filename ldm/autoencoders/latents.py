@@ -43,6 +43,24 @@ class Posterior:
         return terms.flatten(1).sum(dim=1)
 
 
+class Point(Posterior):
+    """All mass on one z: what an autoencoder says that adds no noise. Its moments are z alone."""
+
+    def __init__(self, z: Tensor):  # (B,C,H,W)
+        self.mean = z.to(torch.promote_types(z.dtype, torch.float32))
+        self.logvar = torch.full_like(self.mean, -torch.inf)
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Point:  # (B,C,H,W)
+        return cls(moments)
+
+    def moments(self) -> Tensor:  # -> (B,C,H,W)
+        return self.mean
+
+    def sample(self, eps: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,H,W)
+        return self.mean
+
+
 class LatentSpace(nn.Module):
     """x0 = (z - mean) / scale for each channel, and a linear picture of x0; both travel with the autoencoder's weights.
 
@@ -54,8 +72,9 @@ class LatentSpace(nn.Module):
     preview_weight: Tensor
     preview_bias: Tensor
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, one_scale: bool = False):  # one_scale: the same in every channel
         super().__init__()
+        self.one_scale = one_scale
         self.register_buffer("mean", torch.full((channels,), torch.nan))
         self.register_buffer("scale", torch.full((channels,), torch.nan))
         self.register_buffer("preview_weight", torch.full((3, channels), torch.nan))
@@ -95,6 +114,7 @@ class LatentSpace(nn.Module):
     def measure(self, batches: Iterable[Posterior]) -> None:
         """Mean and standard deviation of each channel over images, pixels and the posteriors' own noise.
 
+        With `one_scale` the deviation is the root mean square of the channels': which latent is nearest to which stays.
         Law of total variance, Var z = Var(mean) + E exp(logvar): exact, so nothing is drawn. Sums are float64.
         """
         count = 0
@@ -111,6 +131,8 @@ class LatentSpace(nn.Module):
             )
         mean = total / count
         variance = (square / count - mean.square()).clamp_min(0.0) + noise / count
+        if self.one_scale:
+            variance = variance.mean().expand_as(variance)
         self.set(mean, variance.sqrt())
 
     @torch.no_grad()

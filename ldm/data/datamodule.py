@@ -21,7 +21,7 @@ from ldm.errors import ConfigError
 class ShardDataModule(L.LightningDataModule):
     """Training and validation batches from one folder of shards, of images or of latents.
 
-    Batches: "image" uint8 (B, 3, H, W) or "latent" float32 (B, 2C, h, w), "caption", "key", "index"; validation adds
+    Batches: "image" uint8 (B, 3, H, W) or "latent" float32 (B, MC, h, w), "caption", "key", "index"; validation adds
     "valid" (B,). The state of the training loader travels in Lightning's checkpoint with the loader.
     """
 
@@ -112,9 +112,9 @@ class ShardDataModule(L.LightningDataModule):
         """What prepare or encode found out about the data set."""
         return self.split("train").facts
 
-    def captions(self) -> Iterator[str]:
-        """All captions of the training split, in the order of the shards; samples without a usable one are left out."""
-        for sample in IndexedShards(self.split("train"), fields=("txt", "json")):
+    def captions(self, split: str = "train") -> Iterator[str]:
+        """All captions of a split, in the order of the shards; samples without a usable one are left out."""
+        for sample in IndexedShards(self.split(split), fields=("txt", "json")):
             try:
                 yield caption_of(sample)
             except SampleError:

@@ -172,7 +172,7 @@ def sequential(
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"image" uint8 (B, 3, H, W) or "latent" float32 (B, 2C, h, w), "caption", "key", "index"}."""
+    """Samples -> {"image" uint8 (B, 3, H, W) or "latent" float32 (B, MC, h, w), "caption", "key", "index"}."""
     batch: dict[str, Any] = {}
     if "image" in rows[0]:
         batch["image"] = torch.stack([row["image"] for row in rows])

@@ -165,7 +165,7 @@ def resize_and_crop(pixels: torch.Tensor, size: int, across: float = 0.5, down: 
 
 
 class DecodeLatent:
-    """The map stage of encoded data sets: `latent.npy` (2C, h, w), mean and log variance, as float arrays.
+    """The map stage of encoded data sets: `latent.npy` (MC, h, w), the moments of each channel, as float arrays.
 
     With `flip` the encoder must have stored the mirrored picture's latent too: the mirrored latent is another one.
     """

@@ -36,13 +36,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = Non
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to a context."""
 
-    def __init__(self, channels: int, num_heads: int, context_width: int | None = None):
+    def __init__(self, channels: int, num_heads: int, context_width: int | None = None, bias: bool = False):
         super().__init__()
         self.num_heads = num_heads
         width = channels if context_width is None else context_width
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(width, channels, bias=False)
-        self.to_v = nn.Linear(width, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(width, channels, bias=bias)
+        self.to_v = nn.Linear(width, channels, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))  # a list of one: published files say to_out.0
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "norms", "blocks"]
+T = TypeVar("T")
 
 
-def call(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+def call(function: Callable[..., T], *args: Tensor | None, recompute: bool) -> T:
     """`function(*args)`, keeping only `args` for the backward pass if `recompute`.
 
     The non-reentrant kind remembers autocast and the random state, so bfloat16 and dropout give the same numbers twice.

@@ -19,6 +19,7 @@ from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.models.attention import GEGLU, SpatialTransformer
 from ldm.models.embeddings import TimeEmbedding
+from ldm.models.inputs import check_inputs
 from ldm.models.recompute import Recompute, call
 from ldm.models.resnet import Downsample, GroupNormSiLU, ResnetBlock, Upsample
 
@@ -86,7 +87,7 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, cond: Condition) -> Tensor:  # (B,C,H,W), (B,), cond -> (B,C',H,W)
         """The network's output; any H and W, any real timestep. `cond.concat` is already part of x_t here."""
-        self._check_inputs(x_t, cond)
+        check_inputs("U-Net", self.in_channels, self.cross_attention_dim, x_t, cond)
         dtype = self.conv_in.weight.dtype
         time = F.silu(self.time_embedding(timestep))  # every resnet begins with this SiLU: once is enough
         context = None if cond.context is None else cond.context.to(dtype)
@@ -98,20 +99,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, time, context, cond.mask, skips)
         return self.conv_out(self.conv_norm_out(x))
-
-    def _check_inputs(self, x_t: Tensor, cond: Condition) -> None:
-        if x_t.shape[1] != self.in_channels:
-            raise ConfigError(
-                f"the U-Net was built for {self.in_channels} input channels and was given {x_t.shape[1]} (latents and, "
-                f"for inpainting, mask and masked latents): set model.in_channels={x_t.shape[1]}."
-            )
-        width = None if cond.context is None else cond.context.shape[-1]
-        if width != self.cross_attention_dim:
-            wish = "null" if width is None else width
-            raise ConfigError(
-                f"the U-Net's cross-attention expects text states of width {self.cross_attention_dim} and was given "
-                f"{width} (None: no text at all): set model.cross_attention_dim={wish} or choose another text_encoder."
-            )
 
     def _set_recompute(self, policy: Recompute) -> None:
         for module in self.modules():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.config import check, digest, plain
 from ldm.data.samples import sequential
 from ldm.data.shards import Shards, file_name, open_split, splits
@@ -34,7 +34,7 @@ def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 
 def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written:
-    """Latents (mean and log variance, float16) with their captions, and the autoencoder's checkpoint beside them."""
+    """Latents (their moments, float16) with their captions, and the autoencoder's checkpoint beside them."""
     if not config["checkpoint"] or not config["shards"]:
         raise ConfigError("task=encode needs shards=PATH (of images) and checkpoint=RUN (a trained autoencoder).")
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
@@ -60,9 +60,7 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
 
 
 @torch.no_grad()
-def _items(
-    shards: Shards, split: str, autoencoder: AutoencoderKL, size: int, batch_size: int
-) -> Iterator[Item | Reject]:
+def _items(shards: Shards, split: str, autoencoder: Autoencoder, size: int, batch_size: int) -> Iterator[Item | Reject]:
     for batch, bad in sequential(shards, size, batch_size):
         yield from (Reject(b.key, b.error.reason, str(b.error)) for b in bad)
         if batch:

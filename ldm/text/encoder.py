@@ -25,12 +25,13 @@ class Token(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """captions (B strings) -> ids (B, L) -> Condition with context (B, L, context_dim).
+    """captions (B strings) -> ids (B, L) -> Condition with context (B, L, context_dim) or pooled (B, pooled_dim).
 
     The constructor reads no file: weights come by `load_state_dict`, words by `load_tokenizer` or `set_tokenizer`.
     """
 
     context_dim: int | None  # D of the context; None: there is none, and models have no cross-attention
+    pooled_dim: int | None = None  # D' of the pooled vector; None: there is none
     max_length: int  # L: every caption is padded or cut to it
     trainable: bool  # trained along with the model; frozen otherwise
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
@@ -32,7 +32,7 @@ DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "paramet
 class Parts:
     """What sampling needs. An autoencoder alone has neither denoiser nor text encoder."""
 
-    autoencoder: AutoencoderKL
+    autoencoder: Autoencoder
     denoiser: Denoiser | None = None
     text_encoder: TextEncoder | None = None
 
@@ -66,6 +66,13 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
         raise ConfigError(
             f"model.cross_attention_dim={wanted}, but the text encoder's states are {given} wide: "
             f"set model.cross_attention_dim={given}, or choose another text_encoder=."
+        )
+    wanted, given = model.get("pooled_dim"), text_encoder.pooled_dim
+    if wanted not in (None, given) or (given is not None and text_encoder.context_dim is None and wanted != given):
+        raise ConfigError(
+            f"model.pooled_dim={wanted}, but the text encoder's pooled vectors are {given} wide (None: it gives none): "
+            f"set model.pooled_dim={'null' if given is None else given} where the model has it (model=dit_quickstart "
+            "and other transformers), or choose another text_encoder=."
         )
     for key in ("in_channels", "out_channels"):
         if model.get(key, 4) != latent_channels:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, normal
 from ldm.training.totals import Totals
@@ -26,7 +26,8 @@ ERRORS = {
 
 
 class AutoencoderTraining(TrainedModule):
-    """Reconstruction plus a small KL term (Rombach et al. 2022, Appendix G).
+    """Reconstruction plus what the autoencoder says against wild latents, a small KL term or a codebook's terms
+    (Rombach et al. 2022, Appendix G).
 
     reconstruction: squared error (best PSNR, and by far the best in few steps), absolute error (Stable Diffusion's, for
         use with perceptual terms) or both in equal parts. kl_weight is per nat of an image beside the mean over its
@@ -39,7 +40,7 @@ class AutoencoderTraining(TrainedModule):
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         recipe: Recipe,
         draws: Draws,
         kl_weight: float = 1e-6,
@@ -49,7 +50,7 @@ class AutoencoderTraining(TrainedModule):
         self.error = ERRORS[reconstruction]
         self.autoencoder = autoencoder
         self.kl_weight = kl_weight
-        self.totals = Totals(["train/loss", "train/reconstruction", "train/kl"])
+        self.totals = Totals([f"train/{n}" for n in ("loss", "reconstruction", *autoencoder.regulariser_names)])
 
     @property
     def trained_parts(self) -> list[str]:
@@ -64,22 +65,23 @@ class AutoencoderTraining(TrainedModule):
         positions = self.draws.positions(batch_idx, len(images))
         eps = normal(posterior.mean.shape[1:], self.draws.seed, "posterior", self.global_step, positions)
         output = self.autoencoder.decode(posterior.sample(eps.to(images)))
-        reconstruction, kl = self.reconstruction_loss(output, images), posterior.kl()
-        loss = reconstruction + self.kl_weight * kl
-        for name, values in {"loss": loss, "reconstruction": reconstruction, "kl": kl}.items():
+        reconstruction = self.reconstruction_loss(output, images)
+        regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
+        loss = reconstruction + regulariser
+        for name, values in {"loss": loss, "reconstruction": reconstruction, **watched}.items():
             self.totals.add(f"train/{name}", values)
         return loss.mean()
 
     def validation_names(self) -> list[str]:
-        return ["val/loss", "val/psnr", "val/kl"]
+        return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
         output = self.autoencoder.decode(posterior.mode()).float().clamp(-1, 1)
-        kl = posterior.kl()
-        loss = self.reconstruction_loss(output, images) + self.kl_weight * kl
-        return {"val/loss": loss, "val/psnr": psnr(output, images), "val/kl": kl}
+        regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
+        loss = self.reconstruction_loss(output, images) + regulariser
+        return {"val/loss": loss, "val/psnr": psnr(output, images), **{f"val/{n}": v for n, v in watched.items()}}
 
 
 def psnr(output: Tensor, images: Tensor) -> Tensor:  # (B,3,H,W) in [-1, 1] x2 -> (B,) decibels

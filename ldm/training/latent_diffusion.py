@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.autoencoders.kl import AutoencoderKL
-from ldm.autoencoders.latents import Posterior
+from ldm.autoencoders.kl import Autoencoder
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
@@ -37,7 +36,7 @@ class LatentDiffusion(TrainedModule):
     def __init__(
         self,
         denoiser: Denoiser,
-        autoencoder: AutoencoderKL,  # frozen
+        autoencoder: Autoencoder,  # frozen
         text_encoder: TextEncoder,  # trained where it says so itself
         weighting: Weighting,
         times: Times,
@@ -77,7 +76,7 @@ class LatentDiffusion(TrainedModule):
         """x0 of a batch, (B,C,h,w): a sample of the posterior, standardised; from the cache where there is one."""
         with torch.no_grad():
             if "latent" in batch:
-                posterior = Posterior.from_moments(batch["latent"])
+                posterior = self.autoencoder.posterior(batch["latent"])
             else:
                 posterior = self.autoencoder.encode(to_unit(batch["image"]))
             eps = normal(posterior.mean.shape[1:], self.draws.seed, purpose, step, positions)

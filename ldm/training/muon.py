@@ -23,7 +23,8 @@ class Muon(torch.optim.AdamW):
     Convolutions count as matrices of (out, in * height * width). Updates are scaled to the root mean square that
     AdamW's have (Liu et al. 2025, equation 4), so one `lr` and one `weight_decay` serve both.
 
-    `params` are (name, parameter) pairs; names that contain one of `adamw`, and vectors, are AdamW's.
+    `params` are (name, parameter) pairs; names that contain one of `adamw`, vectors, and tables (`...embedding.weight`:
+    a step touches few of their rows, and rows are no directions of a map) are AdamW's.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Muon(torch.optim.AdamW):
         if not 0 <= momentum < 1:
             raise ConfigError(f"optimizer.momentum={momentum} must be at least 0 and below 1; 0.95 is usual.")
         named = list(params)
-        matrices = [(n, p) for n, p in named if p.ndim >= 2 and not any(part in n for part in adamw)]
+        matrices = [(n, p) for n, p in named if p.ndim >= 2 and not _is_adamws(n, adamw)]
         taken = {name for name, _ in matrices}
         others = [(n, p) for n, p in named if n not in taken]
         groups = [
@@ -83,6 +84,10 @@ class Muon(torch.optim.AdamW):
             for (p, _), direction in zip(members, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction.view_as(p), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+
+
+def _is_adamws(name: str, adamw: Sequence[str]) -> bool:
+    return f".{name}".endswith(".embedding.weight") or any(part in name for part in adamw)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.kl import Autoencoder
 from ldm.errors import ConfigError
 from ldm.formats import fold, hub, text_keys, vae_keys
 from ldm.formats.checkpoint import read
@@ -46,7 +46,7 @@ def check_pretrained(config: Mapping[str, Any], needs_autoencoder: bool) -> None
         raise ConfigError(" ".join(missing))
 
 
-def load_autoencoder(autoencoder: AutoencoderKL, name: str) -> None:
+def load_autoencoder(autoencoder: Autoencoder, name: str) -> None:
     """Weights and scaling factor of a diffusers autoencoder folder, of a whole pipeline's, or of a single file."""
     own, source = autoencoder.state_dict(), Path(name)
     if source.is_file():

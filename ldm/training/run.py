@@ -36,6 +36,7 @@ IDENTITY = {
     ),
 }
 CAPTIONS_READ = 200_000  # captions that a vocabulary is built from
+MOST_CLASSES = 20_000  # more different captions than that are sentences (ImageNet-21k has 21,841 classes; name those)
 
 
 @dataclass
@@ -62,6 +63,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     tokenizer = None
     if config["module"] == "latent_diffusion" and _builds_vocabulary(config["text_encoder"]):
         tokenizer = _tokenizer(data, config["text_encoder"])
+    if config["module"] == "latent_diffusion" and "classes" in config["text_encoder"]:
+        config["text_encoder"]["classes"] = _classes(data, config["text_encoder"]["classes"])
     identity = _identity(config, data, start)
     directory = RunDirectory(path_of(digest(identity)), config, identity)
     done = directory.status()
@@ -103,6 +106,26 @@ def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
     node["vocab_size"] = len(tokenizer)
     node["max_length"] = min(node["max_length"], -(-longest // 8) * 8)
     return tokenizer
+
+
+def _classes(data: ShardDataModule, given: list[str] | None) -> list[str]:
+    """The class names: those given, or the distinct captions of the training data; no caption may be another."""
+    captions = {c for c in islice(data.captions(), CAPTIONS_READ) if c}
+    classes = sorted(captions) if given is None else given
+    if len(classes) > MOST_CLASSES:
+        raise ConfigError(
+            f"text_encoder=classes takes captions for class names, and there are {len(classes)} different ones: "
+            "choose text_encoder=small, which reads their words, or name text_encoder.classes=[...]."
+        )
+    if data.mode == "index":
+        captions |= {c for c in islice(data.captions("val"), CAPTIONS_READ) if c}
+    strangers = sorted(captions - set(classes))
+    if strangers:
+        raise ConfigError(
+            f"{len(strangers)} captions of the data are none of the {len(classes)} classes, such as '{strangers[0]}': "
+            "name all classes, text_encoder.classes=[...], or choose text_encoder=small, which reads sentences."
+        )
+    return classes
 
 
 def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[str, Path]:
