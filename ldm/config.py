@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert")
 MODULES = ("latent_diffusion", "autoencoder")
 RECONSTRUCTIONS = ("squared", "absolute", "both")
 
@@ -48,7 +48,7 @@ class Root:
         None, "train encode evaluate check", "folder of tars that task=prepare or task=encode wrote"
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
-    output: str | None = key(None, "sample prepare encode evaluate check objective", "folder that the task writes")
+    output: str | None = key(None, "sample prepare encode evaluate check objective convert", "what the task writes")
     image_size: int | None = key(None, "train prepare encode", "pixels a side; default: what prepare found out")
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
@@ -60,9 +60,14 @@ class Root:
     kl_weight: float = key(1e-6, "train", "weight of the KL term (module=autoencoder)")
     reconstruction: str = key("squared", "train", "error of module=autoencoder: squared, absolute or both")
     checkpoint: str | None = key(
-        None, "train sample evaluate encode", "run directory or checkpoint folder to start from"
+        None,
+        "train sample evaluate encode convert",
+        "run, checkpoint folder, diffusers folder, .safetensors, .ckpt or hub id to start from",
     )
-    weights: str = key("ema", "train sample evaluate encode", "which weights of the checkpoint: ema or raw")
+    weights: str = key("ema", "train sample evaluate encode convert", "which weights of the checkpoint: ema or raw")
+    config: str | None = key(
+        None, "sample convert", "diffusers folder that says what a single file of unpublished sizes does not"
+    )
     stages: Any = field(
         default_factory=dict,
         metadata={"tasks": ("train",), "help": "stages of one command, in order, each with its own changes"},
@@ -78,9 +83,20 @@ class Root:
     guidance_rescale: float = key(0.0, "sample evaluate train", "0 off, 0.7 for zero-terminal-SNR models")
     eta: float | None = key(None, "sample evaluate", "share of fresh noise, for samplers that have it")
     num_images: int = key(1, "sample", "images per prompt")
+    init_image: str | None = key(None, "sample", "picture to start from, or to repaint where mask= is white")
+    strength: float | None = key(None, "sample", "share of the steps walked from init_image; 0.8, with a mask 1")
+    mask: str | None = key(None, "sample", "picture of init_image's size: white is repainted")
+    clip_skip: int = key(0, "sample", "layers of the text encoder left out for the prompt")
+    chunked: bool = key(False, "sample", "read prompts longer than the text encoder's in pieces, instead of cutting")
+    prompt_weights: bool = key(False, "sample", "(word:1.3), (word) and [word] weigh words")
+    tiling: bool = key(False, "sample", "the autoencoder works in tiles, for pictures larger than memory")
     film_strip: bool = key(False, "sample", "also draw every step's latent above its jump to x0")
+    animation: bool = key(False, "sample", "also write the jumps to x0 as a GIF")
     eval_images: int = key(256, "train evaluate", "generated pictures per half of the score")
     optimized_metric: str | None = key(None, "train evaluate", "what a sweeper minimises or maximises")
+    # --- conversion
+    format: str | None = key(None, "convert", "ldm, diffusers (a folder) or compvis (.safetensors, .ckpt)")
+    dtype: str = key("float32", "convert", "of the stored tensors: float32, float16 or bfloat16")
     # --- groups
     task: Any = group("all", "what to do")
     experiment: Any = group("all", "a recipe: choices of all the groups below")

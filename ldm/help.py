@@ -13,6 +13,7 @@ usage: python -m ldm.run [experiment=NAME] [task=TASK] [group=option ...] [key=v
   python -m ldm.run experiment=quickstart                      shapes, trained and sampled on a laptop
   python -m ldm.run experiment=quickstart source=folder images=DIR name=mine
   python -m ldm.run task=sample checkpoint=outputs/mine prompt="a red star"
+  python -m ldm.run task=convert checkpoint=sd15.ckpt format=diffusers output=sd15
   python -m ldm.run -m experiment=quickstart scheduler=cosine,flow     a sweep: outputs/<sweep>/results.csv
 
 Options: --cfg job prints the composed configuration, --config-dir DIR adds a folder of your own options,

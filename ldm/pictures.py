@@ -20,6 +20,12 @@ def to_pil(image: Tensor) -> Image.Image:  # (3,H,W) in [-1, 1]
     return Image.fromarray(to_bytes(image[None])[0])
 
 
+def from_pil(image: Image.Image) -> Tensor:  # -> (C,H,W) in [-1, 1]
+    """The inverse of `to_pil`, one channel for grey pictures."""
+    pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1
+    return rearrange(pixels.reshape(*pixels.shape[:2], -1), "h w c -> c h w")
+
+
 def to_bytes(images: Tensor) -> np.ndarray:  # (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8
     pixels = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").numpy()

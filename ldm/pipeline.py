@@ -1,4 +1,4 @@
-"""Load a trained model and draw: the one facade for programs and notebooks."""
+"""Load a model from anywhere and draw: the one facade for programs and notebooks."""
 
 from __future__ import annotations
 
@@ -13,28 +13,45 @@ from torch import Tensor
 
 from ldm.build import build
 from ldm.config import conf_dir, nearest
-from ldm.diffusion.guidance import ClassifierFree
+from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
-from ldm.pictures import to_pil
+from ldm.formats import schedulers
+from ldm.pictures import from_pil, to_pil
 from ldm.sampling import Request, Sampler
-from ldm.training.assemble import load_trained
+from ldm.text.prompts import Prompts
+from ldm.training.assemble import Parts
+from ldm.training.loading import Loaded, load_any, save_any
+
+Picture = Image.Image | str | Path | Tensor
+Texts = str | Sequence[str]
 
 
 class Pipeline:
-    """A trained latent diffusion model, ready to draw.
+    """A latent diffusion model, ready to draw.
 
     >>> pipe = Pipeline.load("outputs/mine")
     >>> pipe("a red star", num_steps=20, guidance=2.0, seed=0)[0].save("star.png")
     """
 
-    def __init__(self, sampler: Sampler, config: dict[str, Any], folder: Path):
-        self.sampler, self.config, self.folder = sampler, config, folder
+    def __init__(
+        self,
+        sampler: Sampler,
+        config: dict[str, Any],
+        folder: Path,
+        scheduler_config: dict[str, Any] | None = None,  # diffusers', of published checkpoints
+    ):
+        self.sampler, self.config, self.folder, self.scheduler_config = sampler, config, folder, scheduler_config
 
     @classmethod
-    def load(cls, path: str | Path, weights: str = "ema") -> Pipeline:
-        """From a run directory (its newest checkpoint) or a checkpoint folder; ConfigError when it is neither."""
-        parts, config, folder = load_trained(path, weights)
+    def load(cls, path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Pipeline:
+        """From a run directory or checkpoint folder of ours, a diffusers folder, a CompVis-style file, or a hub id.
+
+        config: for single files of other sizes than the published ones, a diffusers folder of the same model.
+        ConfigError when it cannot be read or is nothing to sample from.
+        """
+        loaded = load_any(path, weights, config)
+        parts = loaded.parts
         if parts.denoiser is None or parts.text_encoder is None:
             raise ConfigError(
                 f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion."
@@ -42,52 +59,74 @@ class Pipeline:
         for module in (parts.autoencoder, parts.text_encoder, parts.denoiser.model):
             assert isinstance(module, torch.nn.Module)
             module.eval().requires_grad_(False)
-        return cls(Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder), config, folder)
+        sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
+        return cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
 
     @property
     def image_size(self) -> int:
         """Pixels a side of the training images."""
         return self.config["image_size"]
 
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]:
-        """Pictures; takes the options of `sample`."""
-        return [to_pil(image) for image in self.sample(prompt, **options)]
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Moves all modules; noise is drawn on the CPU wherever they are."""
+        for module in (self.sampler.autoencoder, self.sampler.text_encoder, self.sampler.denoiser.model):
+            module.to(device)  # type: ignore[union-attr]
+        return self
 
-    def sample(self, prompt: str | Sequence[str], **options: Any) -> Tensor:
-        """(B, 3, H, W) float32 in [-1, 1]; takes the options of `steps`."""
-        return self.sampler.sample(self.request(prompt, **options))
+    def __call__(self, prompt: Texts, negative_prompt: Texts = "", **options: Any) -> list[Image.Image]:
+        """Pictures; takes the options of `request`."""
+        return [to_pil(image) for image in self.sample(prompt, negative_prompt, **options)]
 
-    def steps(self, prompt: str | Sequence[str], **options: Any) -> Iterator[Step]:
+    def sample(self, prompt: Texts, negative_prompt: Texts = "", **options: Any) -> Tensor:
+        """(B, 3, H, W) float32 in [-1, 1]; takes the options of `request`."""
+        return self.sampler.sample(self.request(prompt, negative_prompt, **options))
+
+    def steps(self, prompt: Texts, negative_prompt: Texts = "", **options: Any) -> Iterator[Step]:
         """The sampler's steps: `pipe.decode(step.x0)` shows the jump to x0. Options as in `request`."""
-        return self.sampler.steps(self.request(prompt, **options))
+        return self.sampler.steps(self.request(prompt, negative_prompt, **options))
 
-    def decode(self, x0: Tensor) -> Tensor:  # (B,C,h,w) standardised latents -> (B,3,H,W) in [-1, 1]
-        return self.sampler.decode(x0)
+    def decode(self, x0: Tensor, tiling: bool = False) -> Tensor:  # (B,C,h,w) standardised -> (B,3,H,W) in [-1, 1]
+        return self.sampler.decode(x0, tiling)
 
     def request(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,  # pixels; None: as trained
+        prompt: Texts,
+        negative_prompt: Texts = "",
+        height: int | None = None,  # pixels; None: init_image's, or as trained
         width: int | None = None,
         num_steps: int = 30,
         guidance: float = 7.5,
         guidance_rescale: float = 0.0,
-        sampler: str | Path | Solver | None = None,  # name or YAML of conf/sampler; None: the model's own
+        sampler: str | Path | Solver | None = None,  # name or YAML of conf/sampler; None: the checkpoint's own
         eta: float | None = None,
         seed: int | Sequence[int] = 0,  # one for all (they draw in turn), or one an image
         num_images: int = 1,  # per prompt
+        init_image: Picture | Sequence[Picture] | None = None,  # PIL, path, (3,H,W) in [-1, 1]; one, or one a prompt
+        strength: float | None = None,  # None: 0.8 with init_image alone, 1 with a mask
+        mask: Picture | None = None,  # white is repainted; of init_image's size
+        clip_skip: int = 0,  # layers of the text encoder left out, counted as in diffusers
+        chunked: bool = False,  # prompts longer than the text encoder's are read in pieces instead of cut
+        prompt_weights: bool = False,  # (word:1.3), (word) and [word] weigh words
+        tiling: bool = False,  # the autoencoder works in tiles
+        guider: Guider | None = None,  # other guidance than classifier-free
     ) -> Request:
         """What `steps`, `sample` and the call itself draw. ConfigError for what cannot be drawn."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        prompts, negative = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
+        if isinstance(negative_prompt, str):
+            negative = negative * len(prompts)
         if num_images < 1:
             raise ConfigError(f"num_images={num_images}: must be at least 1.")
-        solver = _solver(sampler)
+        image, painted = _pictures(init_image, mask, height, width, self.sampler.autoencoder.factor)
+        if image is not None:
+            height, width = image.shape[-2:]
+            image = image.repeat_interleave(num_images, dim=0) if len(image) > 1 else image
+        solver = self.solver(sampler)
         if eta is not None:
-            solver = (solver or _solver("ddim")).with_eta(eta)  # type: ignore[union-attr]
+            solver = (solver or self.solver("ddim")).with_eta(eta)  # type: ignore[union-attr]
+        text = Prompts(clip_skip, chunked, prompt_weights)
+        prompts = [p for p in prompts for _ in range(num_images)]
         return Request(
-            prompts=[p for p in prompts for _ in range(num_images)],
+            prompts=prompts,
             negative_prompts=[p for p in negative for _ in range(num_images)],
             height=height or self.image_size,
             width=width or self.image_size,
@@ -95,13 +134,113 @@ class Pipeline:
             guidance=guidance,
             seeds=[seed] if isinstance(seed, int) else list(seed),
             solver=solver,
-            guider=ClassifierFree(rescale=guidance_rescale),
+            guider=self._complete(guider or ClassifierFree(rescale=guidance_rescale), text, prompts),
+            text=text,
+            init_image=image,
+            mask=painted,
+            strength=strength if strength is not None else 0.8 if image is not None and mask is None else 1.0,
+            tiling=tiling,
         )
 
+    def solver(self, sampler: str | Path | Solver | dict[str, Any] | None) -> Solver | None:
+        """The named sampler as it is on this checkpoint; None: the model's own, where no file says another."""
+        if isinstance(sampler, Solver):
+            return sampler
+        options: dict[str, Any] = {}
+        if not sampler:
+            if self.scheduler_config is None:
+                return None
+            sampler, options = schedulers.own_sampler(self.scheduler_config)
+        node = sampler if isinstance(sampler, dict) else _sampler_node(sampler)
+        node["solve"] = {**node["solve"], **options}
+        if self.scheduler_config is not None:
+            node = schedulers.adjusted(node, self.scheduler_config)
+        return build(node, "sampler")
 
-def _solver(sampler: str | Path | Solver | None) -> Solver | None:
-    if sampler is None or isinstance(sampler, Solver):
-        return sampler
+    def save(self, path: str | Path, format: str = "ldm", dtype: str = "float32") -> None:
+        """Writes the model as "ldm" (a checkpoint folder), "diffusers" (a folder) or "compvis" (.safetensors, .ckpt).
+
+        ConfigError for what the format cannot carry, and for a path that exists.
+        """
+        sampler = self.sampler
+        parts = Parts(sampler.autoencoder, sampler.denoiser, sampler.text_encoder)
+        save_any(Loaded(parts, self.config, self.folder, self.scheduler_config), path, format, dtype)
+
+    def _complete(self, guider: Guider, text: Prompts, prompts: list[str]) -> Guider:
+        """Autoguidance gets the second model that it names."""
+        if not isinstance(guider, Autoguidance) or not guider.checkpoint or guider.weak is not None:
+            return guider
+        weak = Pipeline.load(guider.checkpoint).sampler
+        ours, theirs = self.sampler.autoencoder.latents, weak.autoencoder.latents
+        if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.scale, theirs.scale)):
+            raise ConfigError(
+                f"guider.checkpoint={guider.checkpoint} speaks another autoencoder's latents: give a model trained on "
+                "the same."
+            )
+        return guider.with_denoiser(weak.denoiser, text.encode(weak.text_encoder, prompts)[0])
+
+
+def _texts(name: str, given: Texts) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ConfigError(f"{name} must be a text or a list of texts, not {type(given).__name__}.")
+    return list(texts)
+
+
+def _pictures(
+    init_image: Picture | Sequence[Picture] | None,
+    mask: Picture | None,
+    height: int | None,
+    width: int | None,
+    factor: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(B,3,H,W) in [-1, 1] and (1,1,H,W), 1 where repainted, in the wanted size or one that the factor divides."""
+    if init_image is None:
+        if mask is not None:
+            raise ConfigError("mask= belongs to a picture: give init_image= too.")
+        return None, None
+    given: Sequence[Any] = init_image if isinstance(init_image, list | tuple) else [init_image]
+    pictures = [_opened(p, "init_image", "RGB") for p in given]
+    painted = None if mask is None else _opened(mask, "mask", "L")
+    tall, wide = _size(pictures[0])
+    if painted is not None and _size(painted) != (tall, wide):
+        sizes = [f"{_size(p)[1]}x{_size(p)[0]}" for p in (painted, pictures[0])]
+        raise ConfigError(f"the mask has {sizes[0]} pixels, the picture {sizes[1]}: make them the same size.")
+    size = (height or max(factor, tall // factor * factor), width or max(factor, wide // factor * factor))
+    image = torch.cat([_scaled(p, size) for p in pictures])
+    return image, None if painted is None else (_scaled(painted, size) >= 0).to(image)
+
+
+def _opened(picture: Picture, name: str, mode: str) -> Image.Image | Tensor:
+    if isinstance(picture, Tensor):
+        return picture
+    if isinstance(picture, Image.Image):
+        return picture.convert(mode)
+    try:
+        with Image.open(picture) as file:
+            return file.convert(mode)
+    except OSError as error:
+        raise ConfigError(f"{name}={picture}: not a picture that can be read ({error}).") from error
+
+
+def _size(picture: Image.Image | Tensor) -> tuple[int, int]:  # height, width
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else tuple(picture.shape[-2:])  # type: ignore[return-value]
+
+
+def _scaled(picture: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
+    """(1,C,*size) in [-1, 1]; pictures are scaled by Lanczos, tensors must have the size."""
+    if isinstance(picture, Tensor):
+        if _size(picture) != size:
+            raise ConfigError(
+                f"init_image and mask as tensors must be {size[0]}x{size[1]}, not {tuple(picture.shape)}."
+            )
+        return picture[None]
+    if _size(picture) != size:
+        picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return from_pil(picture)[None]
+
+
+def _sampler_node(sampler: str | Path) -> dict[str, Any]:
     given, folder = Path(sampler), conf_dir() / "sampler"
     path = given if given.suffix in (".yaml", ".yml") else folder / f"{sampler}.yaml"
     if not path.is_file():
@@ -109,4 +248,4 @@ def _solver(sampler: str | Path | Solver | None) -> Solver | None:
         raise ConfigError(
             f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} {', '.join(names)}."
         )
-    return build(yaml.safe_load(path.read_text()), "sampler")
+    return yaml.safe_load(path.read_text())

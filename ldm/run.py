@@ -17,7 +17,7 @@ from ldm.errors import ConfigError
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
 TEXT_KEYS = ("prompt", "negative_prompt")
-PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "name")
+PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask")
 
 
 def main() -> None:

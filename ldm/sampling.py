@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.autoencoders.kl import Autoencoder
-from ldm.diffusion.condition import Condition
+from ldm.autoencoders.tiling import OVERLAP, TILE, tiled
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import Spacing
-from ldm.diffusion.guidance import ClassifierFree
+from ldm.diffusion.guidance import ClassifierFree, Guider
+from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
 from ldm.pictures import Frame
 from ldm.text.encoder import TextEncoder
+from ldm.text.prompts import Prompts
 
 DECODED_AT_ONCE = 2**22  # pixels: larger batches are decoded in slices, so that memory does not grow with them
 
@@ -31,7 +36,7 @@ class Noise:
     def draw(self, shape: Sequence[int]) -> Tensor:
         if len(self.generators) == 1:
             return torch.randn(tuple(shape), generator=self.generators[0])
-        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in self.generators])
+        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in self.generators[: shape[0]]])
 
     def __call__(self, like: Tensor) -> Tensor:
         return self.draw(like.shape).to(like)
@@ -42,6 +47,10 @@ class Request:
     """What is to be drawn; one prompt an image. Sizes are in pixels.
 
     seeds: one for all images (they draw in turn from one generator), or one an image.
+    init_image: (1 or B, 3, height, width) in [-1, 1]: where to start from (image to image), or what is repainted.
+    mask: (1 or B, 1, height, width), above 0.5 where init_image is repainted.
+    strength: share of the steps that is walked, in (0, 1]: what is left of init_image falls with it.
+    tiling: the autoencoder works tile by tile, for pictures larger than memory.
     """
 
     prompts: Sequence[str]
@@ -53,7 +62,12 @@ class Request:
     seeds: Sequence[int] = (0,)
     solver: Solver | None = None
     spacing: Spacing | None = None
-    guider: ClassifierFree = field(default_factory=ClassifierFree)
+    guider: Guider = field(default_factory=ClassifierFree)
+    text: Prompts = field(default_factory=Prompts)
+    init_image: Tensor | None = None
+    mask: Tensor | None = None
+    strength: float = 1.0
+    tiling: bool = False
 
 
 class Sampler:
@@ -62,38 +76,106 @@ class Sampler:
     def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder, text_encoder: TextEncoder):
         self.denoiser, self.autoencoder, self.text_encoder = denoiser, autoencoder, text_encoder
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
     @torch.no_grad()
     def steps(self, request: Request) -> Iterator[Step]:
-        """The sampler's steps on standardised latents; `step.x0` is the jump."""
+        """The sampler's steps on standardised latents; `step.x0` is the jump.
+
+        Noise is drawn as diffusers' pipelines draw it: the posterior of init_image, x_1, the posterior of what the mask
+        leaves, then the sampler's own.
+        """
         n = len(request.prompts)
         _check(request, self.autoencoder.factor)
-        device = next(self.autoencoder.parameters()).device
         noise = Noise(request.seeds)
         solver = request.solver or own_solver(self.denoiser.scheduler)
-        levels = solver.levels(self.denoiser.scheduler, request.num_steps, request.spacing)
-        cond = self.text_encoder.encode(list(request.prompts)).to(device)
-        reference: Condition | None = None
-        if request.guidance > 1 and (cond.context is not None or cond.pooled is not None):
-            reference = self.text_encoder.encode(list(request.negative_prompts or [""] * n)).to(device)
-        denoise = request.guider(self.denoiser, cond, reference, request.guidance)
+        levels = _walked(solver.levels(self.denoiser.scheduler, request.num_steps, request.spacing), request)
+        negative = list(request.negative_prompts or [""] * n) if request.guidance > 1 else None
+        cond, reference = request.text.encode(self.text_encoder, list(request.prompts), negative)
+        cond, reference = cond.to(self.device), None if reference is None else reference.to(self.device)
+
         channels, factor = len(self.autoencoder.latents.mean), self.autoencoder.factor
         shape = (n, channels, request.height // factor, request.width // factor)
-        x = levels.start * noise.draw(shape).to(device)
-        yield from solver(denoise, levels, x, noise)
+        sees_mask = self._sees_mask(channels, request)
+        z, image, mask = None, request.init_image, request.mask
+        if image is not None and (mask is None or not sees_mask or request.strength < 1):
+            each = mask is None and len(request.seeds) > 1  # then one picture gets a posterior sample of every seed
+            z = self._encode(image.expand(n, -1, -1, -1) if each else image, noise, request.tiling)
+        eps = noise.draw(shape).to(self.device)
+        kept = None
+        if image is not None and mask is not None:
+            masked = self._encode(image * (mask < 0.5), noise, request.tiling)  # drawn even where it is not looked at
+            kept = F.interpolate((mask >= 0.5).to(masked), size=shape[2:], mode="nearest")
+            if sees_mask:
+                concat = torch.cat([kept.expand(n, -1, -1, -1), masked.expand(n, -1, -1, -1)], dim=1)
+                cond, kept = replace(cond, concat=concat), None
+        if z is None or (mask is not None and request.strength == 1):
+            x = levels.start * eps
+        else:
+            x = levels[0].alpha * z + levels[0].sigma * eps
+        denoise = request.guider(self.denoiser, cond, reference, request.guidance)
+        for left, step in zip(range(len(levels) - 2, -1, -1), solver(denoise, levels, x, noise), strict=True):
+            if z is not None and kept is not None:  # an ordinary model repaints: outside the mask the image is put back
+                outside = step.next.alpha * z + step.next.sigma * eps if left else z
+                step.x_next = kept * step.x_next + (1 - kept) * outside
+            yield step
 
     def sample(self, request: Request) -> Tensor:
         """(B,3,H,W) float32 in [-1, 1]."""
         for step in self.steps(request):
             last = step.x_next
-        return self.decode(last)
+        return self.decode(last, request.tiling)
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:  # (B,C,h,w) standardised -> (B,3,H,W) in [-1, 1]
-        """Pictures of standardised latents, decoded a slice at a time."""
-        raw = self.autoencoder.latents.restore(x0)
-        pixels = raw.shape[-1] * raw.shape[-2] * self.autoencoder.factor**2
-        slices = raw.split(max(1, DECODED_AT_ONCE // pixels))
-        return torch.cat([self.autoencoder.decode(s).float().clamp(-1, 1) for s in slices])
+    def decode(self, x0: Tensor, tiling: bool = False) -> Tensor:  # (B,C,h,w) standardised -> (B,3,H,W) in [-1, 1]
+        """Pictures of standardised latents, a slice at a time; in tiles where asked for, or when memory runs out."""
+        raw, factor = self.autoencoder.latents.restore(x0), self.autoencoder.factor
+        slices = raw.split(max(1, DECODED_AT_ONCE // (raw.shape[-1] * raw.shape[-2] * factor**2)))
+        try:
+            if not tiling:
+                return torch.cat([self._pixels(s) for s in slices])
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                "out of memory while decoding: decoding in tiles, which changes the picture slightly "
+                "(tiling=true says so from the start).",
+                stacklevel=2,
+            )
+        return torch.cat([tiled(self._pixels, s, Fraction(factor), TILE, OVERLAP) for s in raw.split(1)])
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z).float().clamp(-1, 1)
+
+    def _encode(self, image: Tensor, noise: Noise, tiling: bool) -> Tensor:  # (B,3,H,W) -> (B,C,h,w) standardised
+        factor = self.autoencoder.factor
+        image = image.to(self.device)
+        if tiling:
+            moments = tiled(
+                lambda x: self.autoencoder.encode(x).moments(),
+                image,
+                Fraction(1, factor),
+                TILE * factor,
+                OVERLAP * factor,
+            )
+            posterior = self.autoencoder.posterior(moments)
+        else:
+            posterior = self.autoencoder.encode(image)
+        return self.autoencoder.latents.standardise(posterior.sample(noise(posterior.mean)))
+
+    def _sees_mask(self, channels: int, request: Request) -> bool:
+        """Whether the network has inputs for mask and masked latent. ConfigError where they do not fit the request."""
+        extra = getattr(self.denoiser.model, "in_channels", channels) - channels
+        if extra not in (0, channels + 1):
+            raise ConfigError(
+                f"the network has {extra} input channels beside the latent's {channels}: models with none, or with "
+                f"{channels + 1} (a mask and a masked latent), can be sampled."
+            )
+        if extra and request.mask is None:
+            raise ConfigError(
+                "this is an inpainting model: give init_image= and mask=, an all-white mask for a new picture."
+            )
+        return extra > 0
 
     def frames(self, steps: Sequence[Step], numbers: Sequence[int]) -> list[Frame]:
         """Chosen steps (1 is the first) decoded for a film strip."""
@@ -117,6 +199,17 @@ def chosen_steps(num_steps: int, wanted: Sequence[int] = (*range(1, 11), 15, 20)
     return sorted({n for n in wanted if n <= num_steps} | {num_steps})
 
 
+def _walked(levels: Levels, request: Request) -> Levels:
+    """The last int(num_steps strength) steps (Meng et al. 2022)."""
+    walked = int(request.num_steps * request.strength)
+    if walked == 0:
+        raise ConfigError(
+            f"strength={request.strength} of num_steps={request.num_steps} leaves no step: use "
+            f"strength={1 / request.num_steps:.2g} or more, or more steps."
+        )
+    return levels[request.num_steps - walked :]
+
+
 def _check(request: Request, factor: int) -> None:
     n = len(request.prompts)
     if n == 0:
@@ -129,3 +222,16 @@ def _check(request: Request, factor: int) -> None:
         raise ConfigError(f"{len(request.seeds)} seeds for {n} images: give one seed, or one an image.")
     if request.negative_prompts and len(request.negative_prompts) != n:
         raise ConfigError(f"{len(request.negative_prompts)} negative prompts for {n} images: give one an image.")
+    if not 0 < request.strength <= 1:
+        raise ConfigError(f"strength={request.strength} is outside (0, 1]: 0.8 is usual, 1 forgets the image.")
+    if request.init_image is None and (request.mask is not None or request.strength < 1):
+        what = "mask=" if request.mask is not None else f"strength={request.strength}"
+        raise ConfigError(f"{what} belongs to a picture: give init_image= too.")
+    for name, picture in (("init_image", request.init_image), ("mask", request.mask)):
+        if picture is not None and (
+            picture.shape[-2:] != (request.height, request.width) or len(picture) not in (1, n)
+        ):
+            raise ConfigError(
+                f"{name} is {len(picture)} of {picture.shape[-2]}x{picture.shape[-1]} pixels, the request {n} of "
+                f"{request.height}x{request.width} (height x width): give one for all or one an image, of that size."
+            )

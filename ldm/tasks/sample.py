@@ -6,15 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import Progress
 
 from ldm.build import build
-from ldm.config import check, digest
+from ldm.config import check, digest, plain
 from ldm.errors import ConfigError
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
+
+# Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
+ASKED = (
+    *("height", "width", "num_steps", "guidance", "guidance_rescale", "eta", "num_images", "init_image", "strength"),
+    *("mask", "clip_skip", "chunked", "prompt_weights", "tiling"),
+)
+GROUPS = ("sampler", "grid", "guider")
 
 
 def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
@@ -23,11 +33,15 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if not config.checkpoint:
         raise ConfigError("task=sample needs checkpoint=RUN, for example checkpoint=outputs/mine.")
     prompts = _prompts(config)
-    pipe = Pipeline.load(config.checkpoint, config.weights)
+    pipe = Pipeline.load(config.checkpoint, config.config, config.weights)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
     request = _request(pipe, config, prompts)
     output = Path(config.output) if config.output else _default_output(config, pipe)
-    steps = list(pipe.sampler.steps(request))
-    images = pipe.decode(steps[-1].x_next)
+    walked = int(request.num_steps * request.strength)
+    with Progress(console=Console(stderr=True)) as bar:
+        steps = list(bar.track(pipe.sampler.steps(request), total=walked, description="sampling"))
+    images = pipe.decode(steps[-1].x_next, request.tiling)
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         recipe = _recipe(config, pipe, request, i)
@@ -38,6 +52,11 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if config.film_strip:
         frames = pipe.sampler.frames(steps, chosen_steps(len(steps)))
         film_strip(frames, request.prompts).save(output / "film_strip.png")
+    if config.animation:
+        jumps = [grid(pipe.decode(step.x0, request.tiling), request.prompts) for step in steps]
+        jumps.append(grid(images, request.prompts))
+        pauses = [120] * len(steps) + [2000]  # milliseconds
+        jumps[0].save(output / "animation.gif", save_all=True, append_images=jumps[1:], duration=pauses, loop=0)
     print(f"pictures: {output}")
     return {"images": float(len(images))}
 
@@ -61,25 +80,21 @@ def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
     request = pipe.request(
         prompts,
         config.negative_prompt,
-        height=config.height,
-        width=config.width,
-        num_steps=config.num_steps,
-        guidance=config.guidance,
-        sampler=build(config.sampler, "sampler"),
-        eta=config.eta,
+        sampler=pipe.solver(plain(config.sampler)),
         seed=seed,
-        num_images=config.num_images,
+        guider=build(OmegaConf.merge(config.guider, {"rescale": config.guidance_rescale}), "guider"),
+        **{key: config[key] for key in ASKED},
     )
     request.spacing = build(config.grid, "grid")
-    request.guider = build(OmegaConf.merge(config.guider, {"rescale": config.guidance_rescale}), "guider")
     return request
 
 
 def _default_output(config: DictConfig, pipe: Pipeline) -> Path:
     """A folder beside the run's checkpoints, found again by the same request."""
     run = pipe.folder.parent.parent if pipe.folder.parent.name == "checkpoints" else pipe.folder
-    keys = ("prompt", "prompts", "negative_prompt", "height", "width", "num_steps", "guidance", "seed", "num_images")
-    asked = {k: str(config[k]) for k in (*keys, "sampler", "grid", "eta", "guidance_rescale", "weights")}
+    if not (pipe.folder / "manifest.json").is_file():  # other people's checkpoints are left as they are
+        run = Path(config.outputs)
+    asked = {k: str(config[k]) for k in ("prompt", "prompts", "negative_prompt", "seed", "weights", *ASKED, *GROUPS)}
     return run / "samples" / f"{pipe.folder.name}-{digest(asked)}"
 
 
@@ -89,11 +104,11 @@ def _recipe(config: DictConfig, pipe: Pipeline, request: Request, i: int) -> dic
         "negative_prompt": config.negative_prompt,
         "seeds": list(request.seeds) if len(request.seeds) == 1 else [request.seeds[i]],
         "position": i if len(request.seeds) == 1 else 0,
+        **{key: config[key] for key in ASKED},
         "height": request.height,
         "width": request.width,
-        "num_steps": request.num_steps,
-        "guidance": request.guidance,
-        "sampler": OmegaConf.to_container(config.sampler) or "own",
+        "strength": request.strength,
+        **{group: plain(config[group]) or "own" for group in GROUPS},
         "weights": config.weights,
         "checkpoint": str(pipe.folder),
     }

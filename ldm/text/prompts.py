@@ -41,7 +41,7 @@ class Prompts:
 
         The second is None where no negative prompts are given, and where there is no text that they could be told in.
         """
-        if text_encoder.context_dim is None:
+        if text_encoder.context_dim is None and text_encoder.pooled_dim is None:
             return text_encoder.encode(list(prompts), self.clip_skip), None
         if not self.chunked and not self.weighted:
             cond = text_encoder.encode(list(prompts), self.clip_skip)

@@ -74,8 +74,9 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
             f"set model.pooled_dim={'null' if given is None else given} where the model has it (model=dit_quickstart "
             "and other transformers), or choose another text_encoder=."
         )
-    for key in ("in_channels", "out_channels"):
-        if model.get(key, 4) != latent_channels:
+    inpainting = 2 * latent_channels + 1  # noisy latent, mask, masked latent
+    for key, fitting in (("in_channels", (latent_channels, inpainting)), ("out_channels", (latent_channels,))):
+        if model.get(key, 4) not in fitting:
             raise ConfigError(
                 f"model.{key}={model.get(key, 4)}, but the autoencoder has {latent_channels} latent channels: "
                 f"set model.{key}={latent_channels}."

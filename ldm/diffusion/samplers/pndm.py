@@ -31,7 +31,7 @@ def pndm(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, mixed: Mixed
         output = _output(levels, x, x0, level, mixed)
         if call == 2:  # the first step again, with the mean of both its ends
             x_next = _move(levels, start[1], start[0], level, (output + outputs[0]) / 2, mixed)
-            step = Step(level, level, x, x0, x_next)
+            step = Step(level, after, x, x0, x_next)
         else:
             outputs = [output, *outputs][:4]
             step = Step(level, after, x, x0, _move(levels, x, level, after, _adams(outputs), mixed))

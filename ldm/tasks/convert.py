@@ -1,0 +1,24 @@
+"""task=convert: a checkpoint from any layout into another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.config import check
+from ldm.errors import ConfigError
+from ldm.training.loading import FORMATS, load_any, save_any
+
+
+def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
+    """Reads checkpoint=, writes output= in format=; the suffix of a compvis file chooses .safetensors or .ckpt."""
+    check(config)
+    for key, example in (("checkpoint", "outputs/mine"), ("format", "|".join(FORMATS)), ("output", "PATH")):
+        if not config[key]:
+            raise ConfigError(f"task=convert needs {key}=, for example {key}={example}.")
+    if Path(config.output).exists():
+        raise ConfigError(f"output={config.output} exists already: give another output=, or remove it first.")
+    save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
+    print(f"converted: {config.output}")
+    return {}

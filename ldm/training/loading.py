@@ -1,0 +1,77 @@
+"""A model from any layout, and into any: runs of ours, diffusers' folders, single files, hub ids."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ldm.errors import ConfigError
+from ldm.formats import checkpoint as foreign
+from ldm.formats import schedulers
+from ldm.training.assemble import Parts, build_parts, fill_parts, load_trained
+from ldm.training.checkpoints import Content, write
+
+FORMATS = ("ldm", *foreign.FORMATS)
+
+
+@dataclass
+class Loaded:
+    """Modules with their weights, the configuration that builds them, and where they come from."""
+
+    parts: Parts
+    config: dict[str, Any]
+    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
+    scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json, where there is one
+
+
+def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
+    """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+    if foreign.kind(path) == "ldm":
+        parts, nodes, folder = load_trained(path, weights)
+        return Loaded(parts, nodes, folder, nodes.get("scheduler_config"))
+    checkpoint = foreign.read(path, config, weights)
+    nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
+    if checkpoint.scheduler_config is not None:
+        nodes |= schedulers.nodes(checkpoint.scheduler_config)
+    parts = build_parts(nodes, checkpoint.tokenizer)
+    fill_parts(parts, checkpoint.states, Path(path))
+    return Loaded(parts, nodes, Path(path), checkpoint.scheduler_config)
+
+
+def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float32") -> None:
+    """Writes "ldm" (a checkpoint folder of ours), "diffusers" (a folder) or "compvis" (one .safetensors or .ckpt).
+
+    ConfigError for what the format cannot carry, and for a path that exists.
+    """
+    path, parts, config = Path(path), loaded.parts, loaded.config
+    if format not in FORMATS:
+        raise ConfigError(f"format={format} is not known: choose one of {', '.join(FORMATS)}.")
+    if path.exists():
+        raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
+    modules: dict[str, nn.Module] = {"vae": parts.autoencoder}
+    if parts.denoiser is not None and parts.text_encoder is not None:
+        assert isinstance(parts.denoiser.model, nn.Module)
+        modules |= {"unet": parts.denoiser.model, "text_encoder": parts.text_encoder}
+    states = {part: dict(module.state_dict()) for part, module in modules.items()}
+    if format == "ldm":
+        if dtype != "float32":
+            raise ConfigError(f"dtype={dtype}: format=ldm stores float32; use format=diffusers or compvis.")
+        text = yaml.safe_dump({**config, "scheduler_config": loaded.scheduler_config}, sort_keys=False)
+        words = None if parts.text_encoder is None else parts.text_encoder.save_tokenizer
+        write(path, Content(states, {}, {"global_step": 0}, text, (), words), step=0)
+        return
+    described = loaded.scheduler_config
+    if described is None and "scheduler" in config:
+        described = schedulers.scheduler_config(config["scheduler"], config["parameterization"])
+    nodes: dict[str, Any] = {
+        k: config[k] for k in ("model", "autoencoder", "text_encoder", "image_size") if k in config
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if parts.text_encoder is not None:
+            parts.text_encoder.save_tokenizer(folder)
+        foreign.write(foreign.Checkpoint(nodes, states, described, Path(folder)), path, format, dtype)
