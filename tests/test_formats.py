@@ -20,7 +20,7 @@ from ldm.formats import known, single_file
 from ldm.formats.checkpoint import Checkpoint, kind, read, write
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
 
-MODELS = ["sd1", "sd1_inpaint", "sd2"]
+MODELS = ["sd1", "sd2", pytest.param("sd1_inpaint", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=MODELS)
