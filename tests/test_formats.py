@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import nullcontext
 
 import diffusers
@@ -11,9 +10,8 @@ import huggingface_hub
 import published
 import pytest
 import torch
-import yaml
+from format_checks import NODES, PROMPTS, aligned, assert_same, conf, filled, hub_copy, same
 from safetensors.torch import load_file, save_file
-from tiny_training import CONF
 
 from ldm.build import build
 from ldm.diffusion.condition import Condition
@@ -22,9 +20,7 @@ from ldm.formats import known, single_file
 from ldm.formats.checkpoint import Checkpoint, kind, read, write
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
 
-NODES = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}
-MODELS = ["sd1", "sd1_inpaint", "sd2"]
-PROMPTS = ["a red cat", "café 猫 <b>100%</b>!", ""]
+MODELS = ["sd1", "sd2", pytest.param("sd1_inpaint", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=MODELS)
@@ -43,49 +39,6 @@ def small_is_published(monkeypatch):
     rest = {"heads": 4, "activation": "gelu", "pad": "!"}
     monkeypatch.setitem(known.TEXTS, (32, True), rest)
     monkeypatch.setitem(known.TEXTS, (32, False), rest | {"activation": "quick_gelu", "pad": None})
-
-
-def filled(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
-    """Our modules, built from the nodes and filled strictly."""
-    modules = {part: build(checkpoint.config[NODES[part]], NODES[part]).eval() for part in checkpoint.states}
-    for part, module in modules.items():
-        module.load_state_dict(checkpoint.states[part])
-    if checkpoint.tokenizer and "text_encoder" in modules:
-        modules["text_encoder"].load_tokenizer(checkpoint.tokenizer)
-    return modules
-
-
-def conf(group: str, name: str) -> dict:
-    """A node of conf/, as it is written there."""
-    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
-
-
-def same(one: dict, other: dict) -> bool:
-    """Whether two states are equal bit for bit; the preview, which nobody publishes, is NaN in both."""
-    return one.keys() == other.keys() and all(
-        other[k].dtype == torch.float32 and torch.equal(v.nan_to_num(7.0), other[k].nan_to_num(7.0))
-        for k, v in one.items()
-    )
-
-
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.states.keys() == other.states.keys()
-    for part in one.states:
-        assert same(one.states[part], other.states[part]), part
-    assert one.config == other.config
-    assert one.scheduler_config == other.scheduler_config
-    if one.tokenizer:
-        words, others = (load_tokenizer(c.tokenizer) for c in (one, other))
-        assert words(PROMPTS)["input_ids"] == others(PROMPTS)["input_ids"]
-        assert (words.pad_token, words.model_max_length) == (others.pad_token, others.model_max_length)
-
-
-def aligned(pipeline):
-    """The pipeline with weights in memory of their own: kernels round differently by where a mapped file puts them."""
-    for part in NODES:
-        for parameter in getattr(pipeline, part).parameters():
-            parameter.data = parameter.data.clone()
-    return pipeline
 
 
 def test_our_modules_give_diffusers_outputs(folder):
@@ -224,6 +177,21 @@ def test_a_ckpt_of_stable_diffusion_2_is_told_apart_by_its_steps(tmp_path, small
     assert read(tmp_path / "said.safetensors").scheduler_config["prediction_type"] == "epsilon"
 
 
+def test_a_published_single_file_reads_captions_with_clips_published_words(
+    tmp_path, small_is_published, sd2_folder, monkeypatch
+):
+    monkeypatch.setattr(known, "VOCABULARY", 629)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    save_file(single_file.to_compvis(read(sd2_folder)), tmp_path / "x.safetensors", {"modelspec.prediction_type": "v"})
+    with pytest.warns(UserWarning, match="has no tokenizer: tokenizer=openai/clip-vit-large-patch14 is not a folder"):
+        assert read(tmp_path / "x.safetensors").tokenizer is None
+    hub_copy(tmp_path, "openai/clip-vit-large-patch14", sd2_folder / "tokenizer")
+    found = read(tmp_path / "x.safetensors")
+    assert found.scheduler_config["prediction_type"] == "v_prediction"
+    expected = filled(read(sd2_folder))["text_encoder"].tokenize(PROMPTS)
+    assert torch.equal(filled(found)["text_encoder"].tokenize(PROMPTS), expected)
+
+
 @pytest.mark.slow
 def test_published_files_of_full_size_are_known_by_their_shapes(tmp_path):
     """Stable Diffusion 1, its inpainting, and 2, of meta tensors: the nodes are those of conf/, 686 + 248 tensors."""
@@ -296,10 +264,7 @@ def test_every_kind_of_weights_file_in_a_folder_is_read(tmp_path, sd1_folder, la
 
 
 def test_a_hub_id_is_read_from_its_cache_and_a_part_from_its_own_folder(tmp_path, sd1_folder, monkeypatch):
-    cache = tmp_path / "models--somebody--small"
-    shutil.copytree(sd1_folder, cache / "snapshots/abc")
-    (cache / "refs").mkdir()
-    (cache / "refs/main").write_text("abc")
+    hub_copy(tmp_path, "somebody/small", sd1_folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     first = read(sd1_folder)
     assert kind("somebody/small") == "diffusers"

@@ -7,6 +7,7 @@ import json
 import diffusers
 import pytest
 import torch
+from format_checks import same
 from safetensors.torch import save_file
 
 from ldm.autoencoders.kl import AutoencoderKL
@@ -33,12 +34,6 @@ def checkpoint_of(autoencoder) -> Checkpoint:
     return Checkpoint({"autoencoder": NODE}, {"vae": {k: v.clone() for k, v in autoencoder.state_dict().items()}})
 
 
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(v.nan_to_num(7.0), other[k].nan_to_num(7.0)) for k, v in one.items()
-    )
-
-
 @pytest.mark.parametrize("spelling", ["bare", "prefixed", "diffusers", "ckpt", "folder"])
 def test_an_autoencoder_alone_is_read_in_every_spelling(tmp_path, autoencoder, spelling):
     checkpoint = checkpoint_of(autoencoder)
@@ -55,7 +50,7 @@ def test_an_autoencoder_alone_is_read_in_every_spelling(tmp_path, autoencoder, s
     for config in ([None] if spelling in ("bare", "folder") else []) + [tmp_path / "folder"]:
         found = read(path, config=config)
         assert found.config["autoencoder"] == NODE and set(found.states) == {"vae"}
-        assert equal(checkpoint.states["vae"], found.states["vae"])
+        assert same(checkpoint.states["vae"], found.states["vae"])
 
 
 def test_a_published_autoencoder_file_needs_no_config_but_says_what_is_assumed(tmp_path, autoencoder, monkeypatch):
@@ -64,11 +59,11 @@ def test_a_published_autoencoder_file_needs_no_config_but_says_what_is_assumed(t
     write(checkpoint_of(autoencoder), tmp_path / "x.ckpt", "compvis")
     with pytest.warns(UserWarning, match=r"scaling factor: 0.18215, Stable Diffusion's, is taken"):
         found = read(tmp_path / "x.ckpt")
-    assert equal(found.states["vae"], autoencoder.state_dict())
+    assert same(found.states["vae"], autoencoder.state_dict())
     fresh = AutoencoderKL(**SIZES)
     with pytest.warns(UserWarning, match="scaling factor"):
         load_autoencoder(fresh, str(tmp_path / "x.ckpt"))  # autoencoder.pretrained= takes such a file too
-    assert equal(fresh.state_dict(), autoencoder.state_dict()) and fresh.latents.measured
+    assert same(fresh.state_dict(), autoencoder.state_dict()) and fresh.latents.measured
     monkeypatch.setattr(known, "AUTOENCODER", (0,))  # another published first stage: nobody says its units
     assert read(tmp_path / "x.ckpt").states["vae"]["latents.scale"].isnan().all()
 
@@ -104,7 +99,7 @@ def test_one_scale_for_all_channels_is_written_as_it_was_read(tmp_path, autoenco
     write(checkpoint_of(autoencoder), tmp_path / "vae", "diffusers")
     said = json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"]
     assert said == factor if len(str(factor)) < 9 else abs(said / factor - 1) < 1e-7
-    assert equal(read(tmp_path / "vae").states["vae"], autoencoder.state_dict())  # bit for bit: nothing was folded
+    assert same(read(tmp_path / "vae").states["vae"], autoencoder.state_dict())  # bit for bit: nothing was folded
 
 
 def test_units_that_nobody_measured_are_not_written(autoencoder, tmp_path):
@@ -146,7 +141,7 @@ def test_autoencoder_names_are_a_bijection_with_attention_at_levels_too(attentio
                         state[f"{half}.{blocks}.{i}.attentions.{j}.{leaf}"] = torch.randn(4, 4)
         state[f"{half}.mid_block.attentions.0.to_v.weight"] = torch.randn(4, 4)
     theirs = vae_keys.to_compvis(state)
-    assert len(theirs) == len(state) and equal(state, vae_keys.from_compvis(theirs))
+    assert len(theirs) == len(state) and same(state, vae_keys.from_compvis(theirs))
     assert torch.equal(
         theirs["decoder.up.3.block.2.nin_shortcut.weight"], state["decoder.up_blocks.1.resnets.2.conv_shortcut.weight"]
     )
