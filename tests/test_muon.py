@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from conf_nodes import build
+from tiny_training import config
 from torch import nn
 
 from ldm.errors import ConfigError
@@ -117,3 +119,15 @@ def test_tables_are_adamws():
         optimizer.step()
     weights = [network["words"]["embedding"].weight for network in networks]
     assert torch.equal(*weights)
+
+
+def test_the_dit_experiment_leaves_modulations_and_ends_to_adamw():
+    settings = config("experiment=dit_flow", "model=dit_tiny")
+    with torch.device("meta"):
+        network = build("model", "dit_tiny")
+    excluded = settings["stages"]["diffusion"]["optimizer"]["adamw"]
+    optimizer = Muon(network.named_parameters(), adamw=excluded)
+    matrices = {p for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
+    left = {name for name, p in network.named_parameters() if p.ndim > 1 and p not in matrices}
+    blocks = {f"transformer_blocks.{i}.norm1.linear.weight" for i in range(2)}
+    assert left == {"pos_embed.proj.weight", "norm_out.linear.weight", "proj_out.weight", *blocks}

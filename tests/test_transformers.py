@@ -273,10 +273,10 @@ def test_training_converges_to_the_exact_denoiser(option: str) -> None:
     times, weighting = build("times", "uniform", stratified=True), build("weighting", "simple")
     law = Gaussian(torch.full((1, 1, 2, 2), 0.5), torch.tensor([[[[0.3, 1.0], [1.0, 0.3]]]]))
     cond = Condition(torch.zeros(128, 1, 64))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
+    optimizer = torch.optim.Adam(model.parameters(), lr=8e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     draws = torch.Generator().manual_seed(1)
-    for _ in range(250):
+    for _ in range(300):
         x0, eps = law.sample(128, draws), torch.randn(128, 1, 2, 2, generator=draws)
         u = (torch.arange(128) + torch.rand(128, generator=draws)) / 128
         diffusion_loss(denoiser, weighting, x0, cond, times(u, scheduler), eps).mean().backward()

@@ -15,7 +15,7 @@ from ldm.autoencoders.latents import LatentSpace, Point
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
 from ldm.tasks.encode import encode_shards
-from ldm.training.assemble import load_trained
+from ldm.training.assemble import build_parts, load_trained
 from ldm.training.checkpoints import all_folders
 from ldm.training.pretrained import load_autoencoder
 from ldm.training.run import train_run
@@ -169,6 +169,8 @@ def test_a_run_learns_resumes_exactly_and_its_latents_are_diffused(tmp_path, mon
     written = encode_shards(config(f"shards={shards}", f"checkpoint={whole.path}"), tmp_path / "vq_latents")
     parts, _, _ = load_trained(whole.path)
     assert parts.autoencoder.latents.scale.unique().numel() == 1
+    with pytest.raises(ConfigError, match=r"set \+model\.in_channels=3"):
+        build_parts(config("autoencoder=vq_tiny"), device="meta")
     settings = config(
         *(f"shards={written.output}", "autoencoder=vq_tiny", "+model.in_channels=3", "+model.out_channels=3"),
         *("max_steps=2", "callbacks.validation.every_n_steps=2"),

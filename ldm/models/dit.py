@@ -16,13 +16,12 @@ from ldm.diffusion.condition import Condition
 from ldm.models.attention import Attention
 from ldm.models.embeddings import TimeEmbedding
 from ldm.models.inputs import check_inputs, pooled_of
-from ldm.models.recompute import call
+from ldm.models.recompute import BlockRecompute, call
 from ldm.models.transformer import (
     MLP,
     TIME_WAVES,
     Modulation,
     PatchEmbedding,
-    Recompute,
     check_patches,
     check_sizes,
     initialise,
@@ -46,7 +45,7 @@ class DiT(nn.Module):
         cross_attention_dim: int | None = 768,  # width of the context; None: no cross-attention
         pooled_dim: int | None = None,  # width of cond.pooled, added to the time; None: it is not used
         sample_size: int = 32,  # latent pixels a side in training, where positions count 0, 1, 2, ...; any size runs
-        checkpoint: Recompute = "none",  # recomputed in the backward pass: nothing, or whole blocks
+        checkpoint: BlockRecompute = "none",  # recomputed in the backward pass: nothing, or whole blocks
     ):
         super().__init__()
         check_sizes(width, num_heads, patch_size, sample_size, checkpoint)

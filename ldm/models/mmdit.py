@@ -21,13 +21,12 @@ from ldm.diffusion.condition import Condition
 from ldm.models.attention import attention
 from ldm.models.embeddings import TimeEmbedding
 from ldm.models.inputs import check_inputs, pooled_of
-from ldm.models.recompute import call
+from ldm.models.recompute import BlockRecompute, call
 from ldm.models.transformer import (
     MLP,
     TIME_WAVES,
     Modulation,
     PatchEmbedding,
-    Recompute,
     check_patches,
     check_sizes,
     initialise,
@@ -52,7 +51,7 @@ class MMDiT(nn.Module):
         pooled_dim: int | None = None,  # width of cond.pooled; None: the mean of the context over the caption's tokens
         qk_norm: bool = True,  # queries and keys are brought to unit RMS: bfloat16 stays stable (section 5.3.2)
         sample_size: int = 32,  # latent pixels a side in training, where positions count 0, 1, 2, ...; any size runs
-        checkpoint: Recompute = "none",  # recomputed in the backward pass: nothing, or whole blocks
+        checkpoint: BlockRecompute = "none",  # recomputed in the backward pass: nothing, or whole blocks
     ):
         super().__init__()
         check_sizes(width, num_heads, patch_size, sample_size, checkpoint)

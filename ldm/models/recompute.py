@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "norms", "blocks"]
+BlockRecompute = Literal["none", "blocks"]  # of transformers, whose norms have no activation worth recomputing
 T = TypeVar("T")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError
 
-Recompute = Literal["none", "blocks"]
 TIME_WAVES = 256  # sinusoids that tell the time
 
 

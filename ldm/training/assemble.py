@@ -79,7 +79,7 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
         if model.get(key, 4) not in fitting:
             raise ConfigError(
                 f"model.{key}={model.get(key, 4)}, but the autoencoder has {latent_channels} latent channels: "
-                f"set model.{key}={latent_channels}."
+                f"set {'' if key in model else '+'}model.{key}={latent_channels}."
             )
 
 
