@@ -64,7 +64,7 @@ class Checkpoints(L.Callback):
                 self._prune()
                 if self.on_saved is not None:
                     self.on_saved(step)
-            if number and not last:
+            if number:  # after the last step too: what would come after this run must not start
                 raise Interrupted(number, step, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
