@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -39,6 +40,11 @@ def check_targets(node: Any, path: str = "config") -> None:
     elif isinstance(node, list):
         for i, value in enumerate(node):
             check_targets(value, f"{path}[{i}]")
+
+
+def read_node(path: Path) -> Any:
+    """A YAML file as plain data, its interpolations resolved."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
 
 
 def build(node: Any, path: str = "config", **kwargs: Any) -> Any:

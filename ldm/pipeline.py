@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
-from ldm.build import build
+from ldm.build import build, read_node
 from ldm.config import conf_dir, nearest
 from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
@@ -248,4 +247,4 @@ def _sampler_node(sampler: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} {', '.join(names)}."
         )
-    return yaml.safe_load(path.read_text())
+    return read_node(path)

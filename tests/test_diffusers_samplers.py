@@ -101,7 +101,7 @@ def relative(a, b):
 
 
 CASES = [
-    (name, spacing, n, prediction)
+    pytest.param(name, spacing, n, prediction, marks=pytest.mark.slow if n == 25 else ())
     for name, (_, _, spacings) in FAMILIES.items()
     for spacing in spacings
     for n in (4, 10, 25)

@@ -88,14 +88,21 @@ def test_a_grid_of_ones_own_refuses_others(sampler, scheduler, spacing):
 
 # Quantiles of sigma/alpha leave too few steps for small ones where the largest is 80 (edm) to 20,000 (cosine).
 NARROW = ["scaled_linear", "flow"]
+
+
+def quick(*case, also=True):
+    """The case; among the slow ones unless it is of a table or rectified flow on its own grid."""
+    return pytest.param(*case, marks=() if also and case[1] in NARROW else pytest.mark.slow)
+
+
 CASES = [
-    (a, b, c)
+    quick(a, b, c, also=c is None)
     for a in SAMPLERS
     for b in SCHEDULERS
     for c in (None, *SPACINGS)
     if a not in NOT_OF_THE_LAW and (a, b) not in DIVERGES and not refused(a, b, c) and (c != "beta" or b in NARROW)
 ]
-PAIRS = [(a, b) for a in SAMPLERS for b in SCHEDULERS if (a, b) not in DIVERGES and not refused(a, b)]
+PAIRS = [quick(a, b) for a in SAMPLERS for b in SCHEDULERS if (a, b) not in DIVERGES and not refused(a, b)]
 
 
 @pytest.mark.parametrize(("sampler", "scheduler_name", "spacing"), CASES)
@@ -159,8 +166,7 @@ def test_order_of_convergence(sampler):
     assert low < order < high
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("sampler", STOCHASTIC)
+@pytest.mark.parametrize(("sampler", "scheduler"), [quick(a, b) for a in STOCHASTIC for b in SCHEDULERS])
 def test_stochastic_samplers_keep_the_law(sampler, scheduler):
     """400 steps: the published bias of the ancestral family (0.96 to 1.00) and no more."""
     solver, scheduler = build("sampler", sampler), build("scheduler", scheduler)

@@ -10,6 +10,7 @@ from commands import ldm
 from PIL import Image
 
 from ldm import Pipeline
+from ldm.config import conf_dir
 from ldm.errors import ConfigError
 from ldm.sampling import Noise
 
@@ -36,6 +37,11 @@ def test_same_seed_same_picture_alone_or_in_a_batch(pipe):
     torch.testing.assert_close(batch[1:], alone, atol=1e-5, rtol=0)
     assert torch.equal(alone, pipe.sample("a red star", num_steps=3, seed=5))
     assert not torch.allclose(alone, pipe.sample("a red star", num_steps=3, seed=6))
+
+
+@pytest.mark.parametrize("sampler", sorted(p.stem for p in (conf_dir() / "sampler").glob("*.yaml")))
+def test_every_sampler_is_a_name(pipe, sampler):
+    assert pipe.sample("a red star", num_steps=4, sampler=None if sampler == "own" else sampler).isfinite().all()
 
 
 def test_steps_end_in_the_sample(pipe):
