@@ -66,8 +66,11 @@ class Root:
     )
     weights: str = key("ema", "train sample evaluate encode convert", "which weights of the checkpoint: ema or raw")
     config: str | None = key(
-        None, "sample convert", "diffusers folder that says what a single file of unpublished sizes does not"
+        None, "sample convert train", "diffusers folder that says what a single file of unpublished sizes does not"
     )
+    adopt: bool = key(False, "train", "model, text encoder, autoencoder, schedule and target are the checkpoint's")
+    scheduler_config: Any = key(None, "train", "diffusers' scheduler_config.json of an adopted checkpoint")
+    export: str | None = key(None, "train", "also write the result as diffusers or compvis when training ends")
     stages: Any = field(
         default_factory=dict,
         metadata={"tasks": ("train",), "help": "stages of one command, in order, each with its own changes"},
@@ -115,6 +118,7 @@ class Root:
     optimizer: Any = group("train", "optimizer")
     lr_scheduler: Any = group("train", "learning rate over steps")
     ema: Any = group("train", "averaged weights")
+    masking: Any = group("train", "what an inpainting model learns to repaint")
     trainer: Any = group("train", "Lightning's Trainer: devices, precision, strategy")
     callbacks: Any = group("train", "what is watched, and how often")
     logger: Any = group("train", "W&B offline, online or none; metrics.jsonl is always written")
@@ -175,6 +179,8 @@ def check(config: DictConfig) -> None:
         problems.append(f"reconstruction={config.reconstruction}: choose one of {', '.join(RECONSTRUCTIONS)}.")
     if config.module not in MODULES:
         problems.append(f"module={config.module}: choose one of {', '.join(MODULES)}.{nearest(config.module, MODULES)}")
+    if config.export not in (None, "diffusers", "compvis", "ldm"):
+        problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
     if config.weights not in ("ema", "raw"):
         problems.append(f"weights={config.weights}: choose ema or raw.")
     for name in ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images"):

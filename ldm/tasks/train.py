@@ -13,12 +13,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import check, nearest, plain
+from ldm.data.shards import open_split
 from ldm.errors import ConfigError
 from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
-from ldm.training.assemble import build_parts
+from ldm.training.assemble import DIFFUSION_NODES, build_parts
+from ldm.training.checkpoints import folder_name
+from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import write_json
 
@@ -28,12 +31,51 @@ STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
     check(config)
+    start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
     build_parts(plain(config), device="meta")
     finished = train_run(plain(config), lambda digest: _directory(config, digest, arm))
     _say(finished)
+    _export(config, finished)
     return finished.metrics
+
+
+def start_from_any_layout(config: DictConfig) -> None:
+    """checkpoint= becomes a checkpoint folder of ours; with adopt=true the configuration takes its architecture."""
+    if config.adopt and not config.checkpoint:
+        raise ConfigError(
+            "adopt=true needs the model to go on from: checkpoint=PATH (a run, a diffusers folder, a .safetensors or "
+            ".ckpt, a hub id)."
+        )
+    if not config.checkpoint:
+        return
+    with _alone({"outputs": config.outputs}, "checkpoint"):
+        folder = as_ours(config.checkpoint, config.weights, config.config, Path(config.outputs) / "stages")
+    config.checkpoint = str(folder)
+    if not config.adopt:
+        return
+    nodes = adopted(folder)
+    if config.masking:  # a model that repaints sees a mask and a masked latent too; fresh channels start at zero
+        nodes["model"]["in_channels"] = 2 * nodes["model"].get("out_channels", 4) + 1
+    if config.image_size is None:
+        config.image_size = nodes["image_size"]
+    for name in (*DIFFUSION_NODES, "scheduler_config"):
+        config[name] = nodes[name]
+
+
+def _export(config: DictConfig, finished: Finished) -> None:
+    """The finished model in another format, beside its checkpoints; a refusal is printed, not raised."""
+    if not config.export or int(os.environ.get("RANK", 0)) > 0:
+        return
+    name = f"{folder_name(finished.step)}" + (".safetensors" if config.export == "compvis" else "")
+    target = finished.path / "export" / name
+    try:
+        if not target.exists():
+            save_any(load_any(finished.path), target, config.export)
+        print(f"export: {target}")
+    except ConfigError as error:
+        print(f"not exported: {error} Later: python -m ldm.run task=convert checkpoint={finished.path} format= output=")
 
 
 def _directory(config: DictConfig, digest: str, arm: Path | None) -> Path:
@@ -63,13 +105,14 @@ class Stages:
             raise ConfigError(
                 f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}."
             )
-        for stage in config.stages:
+        self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
+        for stage in self.stages:
             check(self.configured(stage))
-        build_parts(plain(self.configured(list(config.stages)[-1])), device="meta")
+        build_parts(plain(self.configured(self.stages[-1])), device="meta")
 
     def run(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for stage in self.config.stages:
+        for stage in self.stages:
             started = time.time()
             values = plain(self.configured(stage))
             print(f"--- {stage}", flush=True)
@@ -86,6 +129,9 @@ class Stages:
         return merged
 
     def prepare(self, values: dict[str, Any]) -> dict[str, float]:
+        if self.config.shards:  # they are there already
+            self.made["prepare"] = {"path": self.config.shards}
+            return {}
         with _alone(values, "prepare"):
             written = prepare_shards(values)
         print(written, flush=True)
@@ -106,6 +152,9 @@ class Stages:
         return {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
 
     def encode(self, values: dict[str, Any]) -> dict[str, float]:
+        if open_split(values["shards"], "train").kind == "latent":
+            self.made["encode"] = {"path": values["shards"]}
+            return {}
         with _alone(values, "encode"):
             written = encode_shards(values)
         print(written, flush=True)
@@ -120,6 +169,7 @@ class Stages:
         self.found["checkpoint"] = str(finished.path)
         self.run_directory = finished.path
         self.made["diffusion"] = {"path": str(finished.path), "step": finished.step}
+        _export(self.config, finished)
         return finished.metrics
 
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:

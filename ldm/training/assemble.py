@@ -109,7 +109,10 @@ def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, d
 
 
 def fill_parts(parts: Parts, states: dict[str, State], folder: Path) -> None:
-    """Fills those parts that a checkpoint has and this configuration has too."""
+    """Fills those parts that a checkpoint has and this configuration has too.
+
+    A network with more input channels than the checkpoint's gets zeros there: it starts as the model without them.
+    """
     modules: dict[str, nn.Module | None] = {"vae": parts.autoencoder, "text_encoder": parts.text_encoder}
     if parts.denoiser is not None:
         assert isinstance(parts.denoiser.model, nn.Module)
@@ -117,7 +120,17 @@ def fill_parts(parts: Parts, states: dict[str, State], folder: Path) -> None:
     for part, state in states.items():
         module = modules.get(part)
         if module is not None:
-            fill(module, state, part, folder)
+            fill(module, _widened(state, module) if part == "unet" else state, part, folder)
+
+
+def _widened(state: State, network: nn.Module) -> State:
+    """`conv_in` with zeros for the channels that the network has and the state has not (inpainting)."""
+    name = "conv_in.weight"
+    own = network.state_dict().get(name)
+    if own is None or name not in state or state[name].shape[1] >= own.shape[1]:
+        return state
+    zeros = state[name].new_zeros(own.shape[0], own.shape[1] - state[name].shape[1], *own.shape[2:])
+    return {**state, name: torch.cat([state[name], zeros], dim=1)}
 
 
 def build_module(config: Config, parts: Parts) -> TrainedModule:
@@ -143,6 +156,7 @@ def build_module(config: Config, parts: Parts) -> TrainedModule:
         draws,
         config["caption_dropout"],
         config["noises_per_image"],
+        build(config.get("masking"), "masking"),
     )
 
 

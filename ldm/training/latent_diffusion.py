@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
+from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
@@ -16,9 +19,11 @@ from ldm.diffusion.levels import right_pad
 from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.times import Times
 from ldm.diffusion.weightings import Weighting
+from ldm.errors import ConfigError
 from ldm.pictures import curves
 from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import to_unit
+from ldm.training.masks import RandomMasks
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, normal, stratified, uniform
 from ldm.training.totals import Totals, binned
@@ -44,6 +49,7 @@ class LatentDiffusion(TrainedModule):
         draws: Draws,
         caption_dropout: float = 0.1,  # share of captions replaced by "", which guidance needs
         noises_per_image: int = 1,  # (t, eps) pairs for each encoded image
+        masks: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
     ):
         super().__init__(recipe, draws)
         assert isinstance(denoiser.model, nn.Module)
@@ -54,7 +60,7 @@ class LatentDiffusion(TrainedModule):
         if not text_encoder.trainable:
             text_encoder.requires_grad_(False).eval()
         self.weighting, self.times = weighting, times
-        self.caption_dropout, self.noises_per_image = caption_dropout, noises_per_image
+        self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
         self.totals = Totals(["train/loss", *binned("train/loss_by_t")])
 
     @property
@@ -79,8 +85,28 @@ class LatentDiffusion(TrainedModule):
                 posterior = self.autoencoder.posterior(batch["latent"])
             else:
                 posterior = self.autoencoder.encode(to_unit(batch["image"]))
-            eps = normal(posterior.mean.shape[1:], self.draws.seed, purpose, step, positions)
-            return self.autoencoder.latents.standardise(posterior.sample(eps.to(posterior.mean)))
+            return self._sampled(posterior, purpose, step, positions)
+
+    def _sampled(self, posterior: Posterior, purpose: str, step: int, positions: list[int]) -> Tensor:
+        eps = normal(posterior.mean.shape[1:], self.draws.seed, purpose, step, positions)
+        return self.autoencoder.latents.standardise(posterior.sample(eps.to(posterior.mean)))
+
+    @torch.no_grad()
+    def masked(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor | None:
+        """(B,1+C,h,w) of masks and masked pictures' latents (Rombach et al. 2022, Section 4.5); None without masks."""
+        if self.masks is None:
+            return None
+        if "image" not in batch:
+            raise ConfigError(
+                "masking=random needs the pictures, and these shards hold latents only: give shards= of images, and "
+                "leave the stage encode out."
+            )
+        images = to_unit(batch["image"])
+        height, width = images.shape[-2:]
+        masks = self.masks(height, width, self.draws.seed, purpose, step, positions).to(images)
+        posterior = self.autoencoder.encode(images * (masks < 0.5))
+        latent = self._sampled(posterior, f"{purpose}_posterior", step, positions)
+        return torch.cat([F.interpolate(masks, size=latent.shape[-2:], mode="nearest"), latent], dim=1)
 
     def condition(self, captions: list[str]) -> Condition:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.trainable):
@@ -100,7 +126,8 @@ class LatentDiffusion(TrainedModule):
         dropped = uniform(seed, "caption_dropout", step, positions) < self.caption_dropout
         captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
         x0 = self.latents(batch, "posterior", step, positions).repeat_interleave(n, dim=0)
-        cond = self.condition(captions).repeat_interleave(n)
+        cond = replace(self.condition(captions), concat=self.masked(batch, "mask", step, positions))
+        cond = cond.repeat_interleave(n)
         pairs = [p * n + i for p in positions for i in range(n)]
         if self.times.stratified:
             t_draws = stratified(seed, "times", step, pairs, self.draws.global_batch * n)
@@ -125,7 +152,8 @@ class LatentDiffusion(TrainedModule):
         # The loader deals whole batches to ranks in turn, so the index is the sample's own.
         positions = batch["index"].tolist()
         x0 = self.latents(batch, "validation_posterior", 0, positions)
-        cond, values = self.condition(captions), {}
+        concat = self.masked(batch, "validation_mask", 0, positions)
+        cond, values = replace(self.condition(captions), concat=concat), {}
         losses, gaussian_losses = [], []
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(x0),), (i + 0.5) / VALIDATION_TIMES, dtype=torch.float64)

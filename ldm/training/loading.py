@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import nn
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
-from ldm.training.assemble import Parts, build_parts, fill_parts, load_trained
-from ldm.training.checkpoints import Content, write
+from ldm.training.assemble import DIFFUSION_NODES, Parts, build_parts, fill_parts, load_trained
+from ldm.training.checkpoints import Content, find, write
 
 FORMATS = ("ldm", *foreign.FORMATS)
 
@@ -41,6 +42,35 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
     parts = build_parts(nodes, checkpoint.tokenizer)
     fill_parts(parts, checkpoint.states, Path(path))
     return Loaded(parts, nodes, Path(path), checkpoint.scheduler_config)
+
+
+def as_ours(path: str | Path, weights: str, config: str | Path | None, folder: Path) -> Path:
+    """The checkpoint folder of ours for a checkpoint in anybody's layout, which is converted into `folder` once."""
+    if foreign.kind(path) == "ldm":
+        return find(path)
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    fingerprint = hashlib.sha256(repr((str(path), weights, str(config), stamps)).encode()).hexdigest()[:8]
+    target = folder / f"checkpoint-{fingerprint}"
+    if not target.is_dir():
+        save_any(load_any(path, weights, config), target, "ldm")
+    return target
+
+
+def adopted(folder: Path) -> dict[str, Any]:
+    """The nodes that a run takes over from a checkpoint folder of ours, so that its parts fit as they are."""
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    missing = [k for k in DIFFUSION_NODES if k not in saved]
+    if missing:
+        raise ConfigError(
+            f"checkpoint={folder} is no latent diffusion model (it has no {missing[0]}): adopt=true needs a whole one."
+        )
+    nodes = {k: dict(saved[k]) for k in DIFFUSION_NODES}
+    for node in nodes.values():
+        if "pretrained" in node:
+            node["pretrained"] = None  # the checkpoint has the weights
+    return {**nodes, "image_size": saved.get("image_size"), "scheduler_config": saved.get("scheduler_config")}
 
 
 def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float32") -> None:

@@ -19,7 +19,7 @@ from ldm.config import digest
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
-from ldm.text.tokenizer import build_tokenizer
+from ldm.text.tokenizer import build_tokenizer, load_tokenizer
 from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_manifest
@@ -60,8 +60,10 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         check_pretrained(config, needs_autoencoder=not has_latents)
     data = _open_data(config)
     start = _starting_checkpoint(config, data)
-    tokenizer = None
-    if config["module"] == "latent_diffusion" and _builds_vocabulary(config["text_encoder"]):
+    tokenizer, words = None, start["given"] / "tokenizer" if "given" in start else None
+    if config["module"] == "latent_diffusion" and words is not None and words.is_dir():
+        tokenizer = _kept_words(start["given"], config["text_encoder"])
+    elif config["module"] == "latent_diffusion" and _builds_vocabulary(config["text_encoder"]):
         tokenizer = _tokenizer(data, config["text_encoder"])
     if config["module"] == "latent_diffusion" and "classes" in config["text_encoder"]:
         config["text_encoder"]["classes"] = _classes(data, config["text_encoder"]["classes"])
@@ -96,6 +98,13 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
 def _builds_vocabulary(node: dict[str, Any]) -> bool:
     """Whether the captions decide the words: not where weights or a tokenizer are given."""
     return "vocab_size" in node and not node.get("pretrained") and not node.get("tokenizer")
+
+
+def _kept_words(checkpoint: Path, node: dict[str, Any]) -> CLIPTokenizer:
+    """The tokenizer of the checkpoint that is started from: its embeddings belong to its words."""
+    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["text_encoder"]
+    node |= {k: saved[k] for k in ("vocab_size", "max_length") if k in saved and k in node}
+    return load_tokenizer(checkpoint / "tokenizer")
 
 
 def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
@@ -148,6 +157,7 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
     reading = {k: config["data"][k] for k in ("image_size", "crop", "flip", "train_samples", "mode", "shuffle")}
     return {
         **{k: config[k] for k in IDENTITY[config["module"]]},
+        **({"masking": config["masking"]} if config.get("masking") else {}),
         "global_batch": config["batch_size"] * config["accumulate"] * world,
         "data": {"fingerprint": data.fingerprint, **reading},
         "precision": config["trainer"].get("precision"),

@@ -119,6 +119,11 @@ def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDif
     """What both callbacks draw: fixed prompts, one fixed seed a picture, at the size of the training images."""
     prompts = list(callback.prompts or fixed_prompts(trainer, callback.num_prompts))
     size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+    image, mask = None, None
+    if module.masks is not None:  # held-out pictures, repainted where the first masks of the validation are
+        image = to_unit(trainer.datamodule.first_validation(len(prompts))["image"])  # type: ignore[attr-defined]
+        prompts = prompts[: len(image)]
+        mask = module.masks(size, size, callback.seed, "pictures", 0, list(range(len(prompts))))
     request = Request(
         prompts,
         size,
@@ -128,6 +133,8 @@ def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDif
         seeds=[callback.seed + i for i in range(len(prompts))],
         solver=callback.sampler,
         spacing=callback.grid,
+        init_image=image,
+        mask=mask,
     )
     return Sampler(module.denoiser, module.autoencoder, module.text_encoder), request
 

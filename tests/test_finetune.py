@@ -1,0 +1,170 @@
+"""Training that starts from somebody's checkpoint: the whole model goes on, or learns to repaint."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image, ImageDraw
+from tiny_training import CONF
+
+from ldm import Pipeline
+from ldm.config import register
+from ldm.diffusion.condition import Condition
+from ldm.errors import ConfigError
+from ldm.tasks.train import train
+from ldm.training.checkpoints import find, load_parts
+from ldm.training.loading import load_any
+from ldm.training.masks import RandomMasks
+
+SHORT = [
+    "image_size=64",
+    "batch_size=2",
+    "max_steps=3",
+    "logger=none",
+    "trainer=debug",
+    "callbacks.samples.num_steps=2",
+]
+SHORT += ["callbacks.jump_to_x0.num_steps=2", "callbacks.progress.every_n_steps=1000", "callbacks.validation=null"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight captioned pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(8):
+        image = Image.new("RGB", (70 + 9 * i, 90), (30 * i, 120, 220 - 20 * i))
+        ImageDraw.Draw(image).ellipse((12, 8, 48, 60), fill=(250, 20 * i, 10))
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of a very red cat, number {i}")
+    return folder
+
+
+def run(tmp_path, experiment, name, *overrides):
+    """The run directory of an experiment, trained in this process."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = [f"experiment={experiment}", f"outputs={tmp_path}/outputs", f"name={name}", *SHORT, *overrides]
+        train(compose("config", given))
+    return tmp_path / "outputs" / name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd1", "sd2"])
+def test_the_whole_model_goes_on_and_leaves_again(request, tmp_path, pictures, model):
+    base = request.getfixturevalue(f"{model}_folder")
+    before = load_any(base)
+    out = run(tmp_path, "finetune", "mine", f"checkpoint={base}", f"images={pictures}", "optimizer.lr=1e-3")
+    exported = out / "export/step-00000003.safetensors"
+    # What is trained has moved, what is frozen has not, in the run and in the file that leaves.
+    after = load_any(exported, config=base)
+    moved = {part: not same(getattr_(before, part), getattr_(after, part)) for part in ("unet", "vae", "text_encoder")}
+    assert moved == {"unet": True, "vae": False, "text_encoder": False}
+    # The file draws what the run draws, by the base's own scheduler.
+    theirs, ours = Pipeline.load(exported, config=base), Pipeline.load(out)
+    assert ours.scheduler_config == theirs.scheduler_config == before.scheduler_config
+    assert torch.equal(*(p.sample("a red cat", num_steps=3, seed=1) for p in (ours, theirs)))
+
+
+def getattr_(loaded, part):
+    parts = loaded.parts
+    return {"unet": parts.denoiser.model, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}[part]
+
+
+def same(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(v.nan_to_num(), theirs[k].nan_to_num()) for k, v in ours.items()
+    )
+
+
+@pytest.mark.slow
+def test_with_no_learning_rate_nothing_changes(tmp_path, sd1_folder, pictures):
+    """Through our checkpoint, the trainer and the export: the published tensors come out bit for bit."""
+    out = run(tmp_path, "finetune", "still", f"checkpoint={sd1_folder}", f"images={pictures}", "optimizer.lr=0.0")
+    base, after = load_any(sd1_folder), load_any(out / "export/step-00000003.safetensors", config=sd1_folder)
+    assert all(same(getattr_(base, part), getattr_(after, part)) for part in ("unet", "vae", "text_encoder"))
+
+
+@pytest.mark.slow
+def test_it_learns_the_pictures(tmp_path, sd1_folder, pictures):
+    """Ten steps on seven pictures: the loss at the fixed validation noise falls."""
+    options = [
+        "max_steps=60",
+        "optimizer.lr=1e-3",
+        "callbacks.validation={_target_: ldm.training.callbacks.validation.Validation, every_n_steps: 1}",
+    ]
+    out = run(tmp_path, "finetune", "mine", f"checkpoint={sd1_folder}", f"images={pictures}", *options)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["val/loss"] for r in rows if "val/loss" in r]
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.slow
+def test_a_small_text_encoder_keeps_its_words(tmp_path, tiny_run, pictures):
+    """A run of ours goes on with other captions: its embeddings belong to the words that it has."""
+    base = Pipeline.load(tiny_run)
+    options = ["image_size=32", "optimizer.lr=0.0", "export=diffusers"]
+    out = run(tmp_path, "finetune", "mine", f"checkpoint={tiny_run}", f"images={pictures}", *options)
+    after = Pipeline.load(out)
+    words = base.sampler.text_encoder.tokenizer.get_vocab()
+    assert after.sampler.text_encoder.tokenizer.get_vocab() == words
+    assert (out / "export/step-00000003/model_index.json").is_file()
+    assert torch.equal(*(p.sample("a red star", num_steps=3) for p in (base, after)))
+
+
+@pytest.mark.slow
+def test_an_inpainting_model_starts_as_its_base(tmp_path, sd1_folder, pictures):
+    out = run(tmp_path, "inpaint", "paint", f"checkpoint={sd1_folder}", f"images={pictures}", "optimizer.lr=0.0")
+    base, widened = load_any(sd1_folder).parts.denoiser, load_any(out).parts.denoiser
+    assert widened.model.in_channels == 9
+    draws = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 8, 8, generator=draws), torch.randn(2, 77, 32, generator=draws)
+    concat = torch.randn(2, 5, 8, 8, generator=draws)
+    level = base.scheduler.level(0.7)
+    with torch.no_grad():
+        expected = base.output(x, level, Condition(context=context))
+        torch.testing.assert_close(widened.output(x, level, Condition(context=context, concat=concat)), expected)
+    # And it learns to use what it sees: the fresh channels get gradients.
+    trained = run(tmp_path, "inpaint", "learns", f"checkpoint={sd1_folder}", f"images={pictures}", "optimizer.lr=1e-3")
+    fresh = load_parts(find(trained))["unet"]["conv_in.weight"][:, 4:]
+    assert fresh.abs().max() > 0
+    picture = Image.open(pictures / "1.png").convert("RGB").resize((64, 64))
+    mask = Image.new("L", (64, 64), 255)
+    drawn = Pipeline.load(trained).sample("a red cat", init_image=picture, mask=mask, num_steps=2)
+    assert drawn.shape == (1, 3, 64, 64) and drawn.isfinite().all()
+
+
+def test_masks_are_boxes_strokes_or_everything():
+    masks = RandomMasks(whole=0.25, strokes=0.5)
+    drawn = masks(64, 48, 0, "mask", 3, list(range(600)))
+    assert drawn.shape == (600, 1, 64, 48) and set(drawn.unique().tolist()) == {0.0, 1.0}
+    cover = drawn.mean(dim=(1, 2, 3))
+    assert 0.2 < (cover == 1).float().mean() < 0.32  # 0.25 by choice, few by chance
+    assert cover.min() > 0 and 0.15 < cover[cover < 1].mean() < 0.5
+    # A function of seed, purpose, step and position: not of the batch that it is drawn in.
+    assert torch.equal(masks(64, 48, 0, "mask", 3, [5, 7]), drawn[[5, 7]])
+    assert not torch.equal(masks(64, 48, 0, "mask", 4, [5]), drawn[[5]])
+    boxes = RandomMasks(whole=0.0, strokes=0.0, most=1)(64, 48, 0, "mask", 0, list(range(40)))
+    for mask in boxes[:, 0]:  # one rectangle: as many pixels as its rows times its columns
+        rows, columns = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == rows * columns
+    with pytest.raises(ConfigError, match="shares within"):
+        RandomMasks(whole=1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=finetune"], "adopt=true needs the model"),
+        (["experiment=finetune", "checkpoint={pictures}"], "no checkpoint"),
+        (["experiment=finetune", "checkpoint={sd1}", "export=onnx"], "export=onnx"),
+        (["experiment=inpaint", "checkpoint={sd1}", "stages.encode={}"], "needs the pictures"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, sd1_folder, pictures, overrides, message):
+    given = [o.replace("{sd1}", str(sd1_folder)).replace("{pictures}", str(pictures)) for o in overrides]
+    experiment, *rest = given
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, experiment.partition("=")[2], "bad", f"images={pictures}", *rest)
