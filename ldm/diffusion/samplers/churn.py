@@ -23,7 +23,7 @@ class Churn:
     s_noise: float = 1.0
 
     def __call__(self, x: Tensor, level: Level, levels: Levels, noise: Noise) -> tuple[Tensor, Level]:
-        if level.alpha == 0 or not self.low <= level.ratio <= self.high:
+        if self.amount == 0 or level.alpha == 0 or not self.low <= level.ratio <= self.high:
             return x, level
         raised = levels.scheduler.level_at(level.ratio * (1 + min(self.amount / levels.num_steps, math.sqrt(2) - 1)))
         deviation = raised.alpha * (raised.ratio**2 - level.ratio**2) ** 0.5
