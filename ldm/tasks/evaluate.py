@@ -24,7 +24,8 @@ from ldm.metrics.nearest import NearestTraining
 from ldm.metrics.reconstruction import Reconstruction
 from ldm.metrics.shapes import ShapeScore
 from ldm.pictures import grid
-from ldm.sampling import Request, Sampler
+from ldm.pipeline import Pipeline
+from ldm.sampling import Sampler
 from ldm.training.assemble import load_trained
 from ldm.training.autoencoder import to_unit
 from ldm.training.run_directory import read_json, write_json
@@ -69,8 +70,9 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
         parts.text_encoder.eval()
         parts.denoiser.model.eval()  # type: ignore[attr-defined]
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
+        pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
         for half, captions in _captions(images, config["eval_images"], config["seed"]).items():
-            drawn = _draw(sampler, captions, config, size)
+            drawn = _draw(pipe, captions, config, size)
             grid(drawn[:32], captions[:32]).save(output / f"{half}.png")
             result |= {f"{half}/{k}": v for k, v in _shape_score(metrics, images, drawn, captions).items()}
             result |= {f"{half}/nearest/{k}": v for k, v in _nearest(metrics, images, drawn, size).items()}
@@ -129,25 +131,23 @@ def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[st
 
 
 @torch.no_grad()
-def _draw(sampler: Sampler, captions: list[str], config: dict[str, Any], size: int) -> Tensor:
+def _draw(pipe: Pipeline, captions: list[str], config: dict[str, Any], size: int) -> Tensor:
     drawn = []
     for first in range(0, len(captions), BATCH):
         prompts = captions[first : first + BATCH]
-        solver = build(config["sampler"], "sampler")
-        if solver is not None:
-            solver = solver.with_eta(config["eta"])
-        request = Request(
+        request = pipe.request(
             prompts,
-            size,
-            size,
+            height=size,
+            width=size,
             num_steps=config["num_steps"],
             guidance=config["guidance"],
-            seeds=[UNSEEN_NOISE + config["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
-            solver=solver,
-            spacing=build(config["grid"], "grid"),
+            sampler=pipe.solver(config["sampler"]),
+            eta=config["eta"],
+            seed=[UNSEEN_NOISE + config["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
             guider=build({**config["guider"], "rescale": config["guidance_rescale"]}, "guider"),
         )
-        drawn.append(sampler.sample(request))
+        request.spacing = build(config["grid"], "grid")
+        drawn.append(pipe.sampler.sample(request))
     return torch.cat(drawn)
 
 
