@@ -169,7 +169,7 @@ class Pipeline:
         """Autoguidance gets the second model that it names."""
         if not isinstance(guider, Autoguidance) or not guider.checkpoint or guider.weak is not None:
             return guider
-        weak = Pipeline.load(guider.checkpoint).sampler
+        weak = Pipeline.load(guider.checkpoint).to(self.sampler.device).sampler
         ours, theirs = self.sampler.autoencoder.latents, weak.autoencoder.latents
         if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.scale, theirs.scale)):
             raise ConfigError(
