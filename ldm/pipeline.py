@@ -41,6 +41,7 @@ class Pipeline:
         scheduler_config: dict[str, Any] | None = None,  # diffusers', of published checkpoints
     ):
         self.sampler, self.config, self.folder, self.scheduler_config = sampler, config, folder, scheduler_config
+        self._named: dict[str, Solver | None] = {}  # building one from its YAML takes as long as many steps' arithmetic
 
     @classmethod
     def load(cls, path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Pipeline:
@@ -145,6 +146,13 @@ class Pipeline:
         """The named sampler as it is on this checkpoint; None: the model's own, where no file says another."""
         if isinstance(sampler, Solver):
             return sampler
+        if isinstance(sampler, dict | Path) or (sampler and Path(sampler).suffix):  # a file may change between calls
+            return self._built(sampler)
+        if (name := sampler or "") not in self._named:
+            self._named[name] = self._built(sampler)
+        return self._named[name]
+
+    def _built(self, sampler: str | Path | dict[str, Any] | None) -> Solver | None:
         options: dict[str, Any] = {}
         if not sampler:
             if self.scheduler_config is None:

@@ -41,11 +41,12 @@ FAMILIES = {
     "deis": ("DEISMultistepScheduler", {}, [*SPACINGS]),
     "deis 3": ("DEISMultistepScheduler", {"solver_order": 3}, [*SPACINGS]),
     "lcm": ("LCMScheduler", {"clip_sample": False}, [None]),
+    # No spacings: ours parts from it at the third step (test_diffusers_departures.py).
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, []),
 }
 # DDIM and PNDM step by 1000 // n instead of to the next entry of their grid: off it on linspace, and on trailing where
-# n does not divide 1000. There ours keeps to the grid (test_off_the_grid_ours_keeps_to_it).
+# n does not divide 1000. There ours keeps to the grid (test_diffusers_departures.py).
 OFF_GRID = {"ddim": ["linspace"], "pndm": ["linspace"], "pndm_runge_kutta": ["linspace"]}
-CALLS_TWICE = ["heun", "dpm2", "dpm2_ancestral"]
 
 
 def network(x_in, timestep):
@@ -75,7 +76,7 @@ def theirs(name, spacing, n, prediction, x, told):
     return path
 
 
-def ours(name, spacing, n, prediction, x, told):
+def ours(name, spacing, n, prediction, x, told, noise=None):
     base, _, order = name.partition(" ")
     options = {"order": int(order)} if order else {}
     if base.startswith("pndm") and prediction == "v_prediction":
@@ -91,7 +92,7 @@ def ours(name, spacing, n, prediction, x, told):
         seen.append(float(level.timestep))
         return parameterization.x0(x_t, network(x_t, next(given)), level)  # float32 timesteps of theirs, for both
 
-    noise = lambda like: torch.randn(like.shape, generator=generator).to(like)  # noqa: E731
+    noise = noise or (lambda like: torch.randn(like.shape, generator=generator).to(like))
     path = [step.x_next for step in solver(denoise, levels, x * levels.start, noise)]
     return path, seen
 

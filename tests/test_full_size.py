@@ -5,26 +5,49 @@ import gc
 import diffusers
 import pytest
 import torch
-from conf_nodes import build
+from conf_nodes import CONF, build
+from omegaconf import OmegaConf
 
 from ldm.diffusion.condition import Condition
+from ldm.formats import sizes
+from ldm.formats.unet_keys import compvis_names
+
+UNETS = {
+    "unet_sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "unet_sd21": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", UNETS)
 @torch.no_grad()
-def test_stable_diffusion_15_unet():
+def test_stable_diffusion_unet(name):
+    """diffusers' attention_head_dim is the number of heads."""
     torch.manual_seed(0)
-    theirs = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).eval()
+    theirs = diffusers.UNet2DConditionModel(**UNETS[name]).eval()
     with torch.device("meta"):
-        ours = build("model", "unet_sd15").eval()
+        ours = build("model", name).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)  # strict, and without a second copy of 3.4 GB
-    x, context = torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768)
+    x, context = torch.randn(1, 4, 32, 32), torch.randn(1, 77, UNETS[name]["cross_attention_dim"])
     expected = theirs(x, 500.25, context).sample
     output = ours(x, torch.tensor([500.25]), Condition(context=context))
     assert expected.std() > 0.01
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     del ours, theirs
     gc.collect()
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_single_files_shapes_say_which_unet_it_is(name):
+    """All 686 tensors get their CompVis name, and their shapes say what the YAML says."""
+    with torch.device("meta"):
+        ours = build("model", name).state_dict()
+    names = compvis_names(ours)
+    assert len(names) == 686
+    found = sizes.unet({names[key]: tensor for key, tensor in ours.items()})
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    assert {key: found[key] for key in written if key in found} == {k: v for k, v in written.items() if k in found}
+    assert found["cross_attention_dim"] == UNETS[name]["cross_attention_dim"]
 
 
 @pytest.mark.slow

@@ -20,8 +20,6 @@ SCHEDULERS = options("scheduler")
 PARAMETERIZATIONS = options("parameterization")
 SAMPLERS = [s for s in options("sampler") if s != "own"]
 SPACINGS = [s for s in options("grid") if s != "own"]
-# Order on a geometric grid, 80 to 160 steps; a sampler that is not named here must be of the first at least.
-ORDERS = {"euler": (0.8, 1.2), "ddim": (0.8, 1.2), "heun": (1.8, 2.2), "dpmpp_2m": (1.8, 2.2), "lms": (2.5, 3.4)}
 # Standard deviation reached in 100 steps over the exact one: measured, where further off than the rest.
 WIDER = {
     ("add_back", "cosine"): (0.42, 1.05),  # 100 steps of 0.9 end at sigma/alpha 0.5 on a table that begins at 20,000
@@ -151,8 +149,8 @@ def test_every_parameterization_samples_alike(sampler, scheduler, parameterizati
 
 
 @pytest.mark.parametrize("sampler", [s for s in DETERMINISTIC if s not in OWN_GRID])
-def test_order_of_convergence(sampler):
-    """Error against the exact ODE on geometric sigmas from 10 to 0.05, 80 and 160 steps."""
+def test_every_sampler_is_of_the_first_order_at_least(sampler):
+    """Error against the exact ODE on geometric sigmas 10 to 0.05, 80 to 160 steps. Each one: test_sampler_orders.py."""
     scheduler, solver = build("scheduler", "scaled_linear"), build("sampler", sampler)
     errors = []
     for n in (80, 160):
@@ -161,9 +159,7 @@ def test_order_of_convergence(sampler):
         x = randn(64, 4, 1, 1) * levels[0].sigma
         exact = law().flow(x, levels[0], levels[-1])
         errors.append(((final(solver, levels, x) - exact) / levels[-1].alpha).abs().max().item())
-    order = math.log2(errors[0] / errors[1])
-    low, high = ORDERS.get(sampler, (0.8, math.inf))
-    assert low < order < high
+    assert math.log2(errors[0] / errors[1]) > 0.8
 
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [quick(a, b) for a in STOCHASTIC for b in SCHEDULERS])

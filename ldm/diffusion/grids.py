@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from ldm.diffusion.levels import Level, Levels
 from ldm.diffusion.schedulers import Scheduler, Table
 from ldm.errors import ConfigError
@@ -135,7 +138,7 @@ class Conventions:
         of_entries = (spacing.func if isinstance(spacing, partial) else spacing) in (linspace, leading)
         points = spacing(scheduler, num_steps + 1 if self.extra_point and of_entries else num_steps)
         whole = points.whole if isinstance(points, Positions) else None
-        levels = [self._level(scheduler, point, whole) for point in points[:num_steps]]
+        levels = self._levels(scheduler, torch.tensor(points[:num_steps], dtype=torch.float64), whole)
         if len({level.ratio for level in levels}) < num_steps:
             raise ConfigError(
                 f"num_steps={num_steps} is more than the scheduler's {scheduler.num_train_timesteps} timesteps "
@@ -149,20 +152,27 @@ class Conventions:
             levels.insert(1, levels[1])
         return Levels([*levels, last], start, scheduler.coordinate, scheduler, num_steps)
 
-    def _level(self, scheduler: Scheduler, point: float, whole: Callable[[float], int] | None) -> Level:
+    def _levels(self, scheduler: Scheduler, points: Tensor, whole: Callable[[float], int] | None) -> list[Level]:
+        """All at once: a table reads 50 entries in the time of one."""
         if whole is not None:
-            level = scheduler.level_at_position(point)
             table = scheduler.coordinate == "ratio" and scheduler.first_time > 0
+            wanted = self.rounded == "all" or (self.rounded == "karras" and whole is round)
+            levels = _floats(scheduler.level_at_position(points))
+            if not (wanted and table):
+                return levels
             # Inverting the table and back misses entries by 1e-12, which cutting off must not see.
             # Cutting off takes 999 to 998, as where these grids were published: rounding leaves it just below 999.
-            told = max(0, whole(float(level.timestep) - 1e-9))
-            wanted = self.rounded == "all" or (self.rounded == "karras" and whole is round)
-            return level._replace(timestep=told) if wanted and table else level
-        level = scheduler.level(scheduler.snap(point) if self.rounded == "all" else point)
-        if level.alpha == 0 and scheduler.coordinate == "ratio" and not self.pure_noise:
+            return [lv._replace(timestep=max(0, whole(float(lv.timestep) - 1e-9))) for lv in levels]
+        levels = _floats(scheduler.level(scheduler.snap(points) if self.rounded == "all" else points))
+        if scheduler.coordinate == "ratio" and not self.pure_noise:
             nearly = scheduler.level_at(_NEARLY_PURE_NOISE)
-            return level._replace(alpha=nearly.alpha, sigma=nearly.sigma)
-        return level
+            return [lv if lv.alpha else lv._replace(alpha=nearly.alpha, sigma=nearly.sigma) for lv in levels]
+        return levels
+
+
+def _floats(levels: Level) -> list[Level]:
+    """One level a time instead of one with (B,) tensors."""
+    return [Level(*numbers) for numbers in zip(*(torch.as_tensor(v).tolist() for v in levels), strict=True)]
 
 
 def _fractions(num_steps: int) -> list[float]:

@@ -26,7 +26,7 @@ def ddim(
 
 def renoised(x: Tensor, x0: Tensor, level: Level, after: Level, eta: float, fresh: Tensor | None) -> Tensor:
     """x0 with the noise of `after`: a share of it fresh, the rest in the direction of x_t's own."""
-    eps = (x - level.alpha * x0) / level.sigma
     deviation = fresh_noise(level, after, eta)
-    x_next = after.alpha * x0 + (after.sigma**2 - deviation**2) ** 0.5 * eps
+    keep = (after.sigma**2 - deviation**2) ** 0.5 / level.sigma  # of x, and with it of eps
+    x_next = keep * x + (after.alpha - keep * level.alpha) * x0
     return x_next if fresh is None else x_next + deviation * fresh
