@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.build import build, read_node
 from ldm.config import conf_dir, nearest
+from ldm.data.transforms import to_rgb
 from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
@@ -54,7 +56,8 @@ class Pipeline:
         parts = loaded.parts
         if parts.denoiser is None or parts.text_encoder is None:
             raise ConfigError(
-                f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion."
+                f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion, or the "
+                "folder or file of a whole pipeline."
             )
         for module in (parts.autoencoder, parts.text_encoder, parts.denoiser.model):
             assert isinstance(module, torch.nn.Module)
@@ -103,7 +106,7 @@ class Pipeline:
         num_images: int = 1,  # per prompt
         init_image: Picture | Sequence[Picture] | None = None,  # PIL, path, (3,H,W) in [-1, 1]; one, or one a prompt
         strength: float | None = None,  # None: 0.8 with init_image alone, 1 with a mask
-        mask: Picture | None = None,  # white is repainted; of init_image's size
+        mask: Picture | None = None,  # white is repainted, in a (1,H,W) tensor 1; of init_image's size
         clip_skip: int = 0,  # layers of the text encoder left out, counted as in diffusers
         chunked: bool = False,  # prompts longer than the text encoder's are read in pieces instead of cut
         prompt_weights: bool = False,  # (word:1.3), (word) and [word] weigh words
@@ -114,6 +117,14 @@ class Pipeline:
         prompts, negative = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
         if isinstance(negative_prompt, str):
             negative = negative * len(prompts)
+        for name, number in (
+            ("height", height),
+            ("width", width),
+            ("num_steps", num_steps),
+            ("num_images", num_images),
+        ):
+            if number is not None and not isinstance(number, Integral):
+                raise ConfigError(f"{name}={number!r}: must be a whole number.")
         if num_images < 1:
             raise ConfigError(f"num_images={num_images}: must be at least 1.")
         image, painted = _pictures(init_image, mask, height, width, self.sampler.autoencoder.factor)
@@ -128,11 +139,11 @@ class Pipeline:
         return Request(
             prompts=prompts,
             negative_prompts=[p for p in negative for _ in range(num_images)],
-            height=height or self.image_size,
-            width=width or self.image_size,
+            height=self.image_size if height is None else height,
+            width=self.image_size if width is None else width,
             num_steps=num_steps,
             guidance=guidance,
-            seeds=[seed] if isinstance(seed, int) else list(seed),
+            seeds=_seeds(seed),
             solver=solver,
             guider=self._complete(guider or ClassifierFree(rescale=guidance_rescale), text, prompts),
             text=text,
@@ -154,7 +165,7 @@ class Pipeline:
 
     def _built(self, sampler: str | Path | dict[str, Any] | None) -> Solver | None:
         options: dict[str, Any] = {}
-        if not sampler:
+        if not sampler or sampler == "own":
             if self.scheduler_config is None:
                 return None
             sampler, options = schedulers.own_sampler(self.scheduler_config)
@@ -194,6 +205,13 @@ def _texts(name: str, given: Texts) -> list[str]:
     return list(texts)
 
 
+def _seeds(given: Any) -> list[int]:
+    seeds = list(given) if isinstance(given, list | tuple | range) else [given]
+    if not all(isinstance(s, Integral) and -(2**63) <= int(s) < 2**64 for s in seeds):  # what torch.Generator takes
+        raise ConfigError(f"seed={given!r}: must be a whole number below 2^64, or a list of them, one an image.")
+    return [int(s) for s in seeds]
+
+
 def _pictures(
     init_image: Picture | Sequence[Picture] | None,
     mask: Picture | None,
@@ -207,26 +225,48 @@ def _pictures(
             raise ConfigError("mask= belongs to a picture: give init_image= too.")
         return None, None
     given: Sequence[Any] = init_image if isinstance(init_image, list | tuple) else [init_image]
-    pictures = [_opened(p, "init_image", "RGB") for p in given]
-    painted = None if mask is None else _opened(mask, "mask", "L")
+    if not given:
+        raise ConfigError("init_image=[] holds no picture: give one, or one a prompt.")
+    pictures = [_opened(p, "init_image", 3) for p in given]
+    painted = None if mask is None else _opened(mask, "mask", 1)
     tall, wide = _size(pictures[0])
     if painted is not None and _size(painted) != (tall, wide):
         sizes = [f"{_size(p)[1]}x{_size(p)[0]}" for p in (painted, pictures[0])]
         raise ConfigError(f"the mask has {sizes[0]} pixels, the picture {sizes[1]}: make them the same size.")
-    size = (height or max(factor, tall // factor * factor), width or max(factor, wide // factor * factor))
+    size = (
+        max(factor, tall // factor * factor) if height is None else height,
+        max(factor, wide // factor * factor) if width is None else width,
+    )
+    if min(size) < 1:
+        raise ConfigError(f"height={size[0]}, width={size[1]}: must be at least {factor}.")
     image = torch.cat([_scaled(p, size) for p in pictures])
-    return image, None if painted is None else (_scaled(painted, size) >= 0).to(image)
+    if painted is None:
+        return image, None
+    half = 0.5 if isinstance(painted, Tensor) else 0.0  # pictures were scaled to [-1, 1]
+    return image, (_scaled(painted, size) >= half).to(image)
 
 
-def _opened(picture: Picture, name: str, mode: str) -> Image.Image | Tensor:
+def _opened(picture: Picture, name: str, channels: int) -> Image.Image | Tensor:
+    """Upright, in colours or grey, transparency over white: as the pictures of a data set are read."""
     if isinstance(picture, Tensor):
+        if picture.ndim != 3 or len(picture) != channels:
+            raise ConfigError(f"{name} as a tensor must be ({channels}, height, width), not {tuple(picture.shape)}.")
         return picture
     if isinstance(picture, Image.Image):
-        return picture.convert(mode)
+        colours = to_rgb(ImageOps.exif_transpose(picture))
+        return colours if channels == 3 else colours.convert("L")
+    if not isinstance(picture, str | Path):
+        raise ConfigError(f"{name} must be a picture, a path or a tensor, not {type(picture).__name__}.")
     try:
         with Image.open(picture) as file:
-            return file.convert(mode)
-    except OSError as error:
+            file.load()
+            return _opened(file, name, channels)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # whatever a format's parser meets
         raise ConfigError(f"{name}={picture}: not a picture that can be read ({error}).") from error
 
 
@@ -248,11 +288,13 @@ def _scaled(picture: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _sampler_node(sampler: str | Path) -> dict[str, Any]:
+    if not isinstance(sampler, str | Path):
+        raise ConfigError(f"sampler must be a name or a YAML of conf/sampler, not {type(sampler).__name__}.")
     given, folder = Path(sampler), conf_dir() / "sampler"
     path = given if given.suffix in (".yaml", ".yml") else folder / f"{sampler}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ConfigError(
-            f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} {', '.join(names)}."
+            f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} There is: {', '.join(names)}."
         )
     return read_node(path)

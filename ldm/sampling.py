@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,12 +178,13 @@ class Sampler:
             )
         return extra > 0
 
-    def frames(self, steps: Sequence[Step], numbers: Sequence[int]) -> list[Frame]:
+    def frames(self, steps: Sequence[Step], numbers: Sequence[int], tiling: bool = False) -> list[Frame]:
         """Chosen steps (1 is the first) decoded for a film strip."""
         frames = []
         for number in numbers:
             step = steps[number - 1]
-            frames.append(Frame(number, float(step.level.ratio), self.decode(step.x_t), self.decode(step.x0)))
+            current, jump = (self.decode(x, tiling) for x in (step.x_t, step.x0))
+            frames.append(Frame(number, float(step.level.ratio), current, jump))
         return frames
 
     def previews(self, steps: Sequence[Step]) -> list[Frame]:
@@ -205,7 +207,7 @@ def _walked(levels: Levels, request: Request) -> Levels:
     if walked == 0:
         raise ConfigError(
             f"strength={request.strength} of num_steps={request.num_steps} leaves no step: use "
-            f"strength={1 / request.num_steps:.2g} or more, or more steps."
+            f"strength={math.ceil(100 / request.num_steps) / 100:g} or more, or more steps."
         )
     return levels[request.num_steps - walked :]
 
@@ -216,8 +218,10 @@ def _check(request: Request, factor: int) -> None:
         raise ConfigError('there is no prompt: give prompt="..." or prompts=FILE.')
     for name, size in (("height", request.height), ("width", request.width)):
         if size % factor or size < factor:
-            below, above = max(factor, size // factor * factor), (size // factor + 1) * factor
-            raise ConfigError(f"{name}={size} is not divisible by the autoencoder's {factor}: use {below} or {above}.")
+            fitting = sorted({max(factor, k * factor) for k in (size // factor, size // factor + 1)})
+            raise ConfigError(
+                f"{name}={size} is not divisible by the autoencoder's {factor}: use {' or '.join(map(str, fitting))}."
+            )
     if len(request.seeds) not in (1, n):
         raise ConfigError(f"{len(request.seeds)} seeds for {n} images: give one seed, or one an image.")
     if request.negative_prompts and len(request.negative_prompts) != n:

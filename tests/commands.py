@@ -1,5 +1,7 @@
 """Runs `python -m ldm.run` as a person does, and waits for things in its run directory."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -13,6 +15,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "P
 def ldm(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ldm.run", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **kwargs)
+
+
+def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """What `ldm` gives, in this process: ten times faster. An error that is no refusal is raised."""
+    from ldm.run import run
+
+    out, err, typed = io.StringIO(), io.StringIO(), sys.argv
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run(arguments)
+    finally:
+        sys.argv = typed
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:

@@ -7,7 +7,9 @@ them, as in diffusers' `Scheduler.from_config`; what the file leaves open is the
 from __future__ import annotations
 
 import copy
+import json
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +65,11 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Node]:
     """{"scheduler": node, "parameterization": node} of a scheduler_config.json. ConfigError for what we do not have."""
     for key, values in _ONLY.items():
         if key in config and config[key] not in values:
-            raise ConfigError(f"the checkpoint's scheduler has {key}={config[key]}, which ldm does not have.")
+            given = textwrap.shorten(str(config[key]), 60, placeholder=" ...")  # trained_betas are a thousand
+            raise ConfigError(
+                f"the checkpoint's scheduler has {key}={given}, which ldm does not have. Where the model works "
+                f"without it, set {key} to {json.dumps(values[0])} in its scheduler_config.json."
+            )
     table = _one_of(_TABLES, config.get("beta_schedule", "linear"), "beta_schedule")
     scheduler: Node = {"_target_": f"ldm.diffusion.schedulers.{table}"}
     scheduler["num_train_timesteps"] = config.get("num_train_timesteps", 1000)
@@ -78,7 +84,7 @@ def nodes(config: Mapping[str, Any]) -> dict[str, Node]:
 def own_sampler(config: Mapping[str, Any]) -> tuple[str, Node]:
     """The file of conf/sampler that is the config's class, and its options for `solve`."""
     name = str(config.get("_class_name"))
-    sampler = _one_of(_SAMPLERS, name, "_class_name")
+    sampler = _one_of(_SAMPLERS, name, "_class_name", "Choose a sampler, for example sampler=ddim.")
     order = config.get("solver_order", 2)
     if name == "PNDMScheduler":
         return ("pndm" if config.get("skip_prk_steps", False) else "pndm_runge_kutta"), {}
@@ -180,9 +186,13 @@ def _grid(name: str) -> Node:
     return {"_target_": f"ldm.diffusion.grids.{name}", "_partial_": True}
 
 
-def _one_of(table: Mapping[str, str], value: str, key: str) -> str:
+_SAY = "Where the model works with one of these, say so in its scheduler_config.json."
+
+
+def _one_of(table: Mapping[str, str], value: str, key: str, remedy: str = _SAY) -> str:
     if value not in table:
         raise ConfigError(
-            f"the checkpoint's scheduler has {key}={value}, which ldm does not have; it knows {', '.join(table)}."
+            f"the checkpoint's scheduler has {key}={value}, which ldm does not have; it knows {', '.join(table)}. "
+            f"{remedy}"
         )
     return table[value]

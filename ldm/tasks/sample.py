@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ ASKED = (
     *("mask", "clip_skip", "chunked", "prompt_weights", "tiling"),
 )
 GROUPS = ("sampler", "grid", "guider")
+PICTURES = ("init_image", "mask")
 
 
 def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Writes PNGs with their recipe inside, a grid, and with film_strip=true the steps of the first pictures."""
-    check(config)
+    check(config, "sample")
     if not config.checkpoint:
         raise ConfigError("task=sample needs checkpoint=RUN, for example checkpoint=outputs/mine.")
     prompts = _prompts(config)
@@ -37,9 +39,13 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if torch.cuda.is_available():
         pipe.to("cuda")
     request = _request(pipe, config, prompts)
-    output = Path(config.output) if config.output else _default_output(config, pipe)
+    output = Path(config.output) if config.output else _default_output(config, pipe, request)
+    taken = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not taken.is_dir():
+        raise ConfigError(f"output={output}: {taken} is a file, and pictures need a folder: give another output=.")
     walked = int(request.num_steps * request.strength)
-    with Progress(console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         steps = list(bar.track(pipe.sampler.steps(request), total=walked, description="sampling"))
     images = pipe.decode(steps[-1].x_next, request.tiling)
     output.mkdir(parents=True, exist_ok=True)
@@ -50,7 +56,7 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         to_pil(image).save(output / f"{i:04d}.png", pnginfo=info)
     grid(images, request.prompts).save(output / "grid.png")
     if config.film_strip:
-        frames = pipe.sampler.frames(steps, chosen_steps(len(steps)))
+        frames = pipe.sampler.frames(steps, chosen_steps(len(steps)), request.tiling)
         film_strip(frames, request.prompts).save(output / "film_strip.png")
     if config.animation:
         jumps = [grid(pipe.decode(step.x0, request.tiling), request.prompts) for step in steps]
@@ -67,6 +73,8 @@ def _prompts(config: DictConfig) -> list[str]:
             lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"prompts={config.prompts}: cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"prompts={config.prompts}: not a text in UTF-8: give one prompt a line.") from error
         prompts = [line.strip() for line in lines if line.strip()]
     else:
         prompts = [config.prompt] if config.prompt is not None else []
@@ -89,26 +97,46 @@ def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
     return request
 
 
-def _default_output(config: DictConfig, pipe: Pipeline) -> Path:
-    """A folder beside the run's checkpoints, found again by the same request."""
+def _default_output(config: DictConfig, pipe: Pipeline, request: Request) -> Path:
+    """A folder beside the run's checkpoints, found again by the same request and by no other."""
+    asked = {key: config[key] for key in (*ASKED, "seed", "weights")} | {g: plain(config[g]) for g in GROUPS}
+    asked |= {"prompts": list(request.prompts), "negative_prompt": config.negative_prompt}
+    asked |= {key: hashlib.sha256(Path(config[key]).read_bytes()).hexdigest() for key in PICTURES if config[key]}
     run = pipe.folder.parent.parent if pipe.folder.parent.name == "checkpoints" else pipe.folder
     if not (pipe.folder / "manifest.json").is_file():  # other people's checkpoints are left as they are
         run = Path(config.outputs)
-    asked = {k: str(config[k]) for k in ("prompt", "prompts", "negative_prompt", "seed", "weights", *ASKED, *GROUPS)}
-    return run / "samples" / f"{pipe.folder.name}-{digest(asked)}"
+        asked |= {"checkpoint": _absolute(str(pipe.folder)), "config": _absolute(config.config)}
+    return run / "samples" / f"{pipe.folder.name}-{digest({k: str(v) for k, v in asked.items()})}"
 
 
 def _recipe(config: DictConfig, pipe: Pipeline, request: Request, i: int) -> dict[str, Any]:
+    """What draws picture i again, in the words of the command line: picture `position` of `num_images` of one prompt.
+
+    Pictures that share a seed, or a mask (its posterior sample is the first seed's), are drawn together again.
+    """
+    together = len(request.seeds) == 1 or request.mask is not None
+    seeds = list(request.seeds) if together else [request.seeds[i]]
+    groups: dict[str, Any] = {group: plain(config[group]) or "own" for group in GROUPS}
+    if groups["guider"].get("checkpoint"):
+        groups["guider"]["checkpoint"] = _absolute(groups["guider"]["checkpoint"])
     return {
         "prompt": request.prompts[i],
         "negative_prompt": config.negative_prompt,
-        "seeds": list(request.seeds) if len(request.seeds) == 1 else [request.seeds[i]],
-        "position": i if len(request.seeds) == 1 else 0,
+        "seed": seeds[0] if len(seeds) == 1 else seeds,
         **{key: config[key] for key in ASKED},
+        **{key: _absolute(config[key]) for key in PICTURES},
+        "num_images": len(request.prompts) if together else 1,
+        "position": i if together else 0,
         "height": request.height,
         "width": request.width,
         "strength": request.strength,
-        **{group: plain(config[group]) or "own" for group in GROUPS},
+        **groups,
         "weights": config.weights,
-        "checkpoint": str(pipe.folder),
+        "checkpoint": _absolute(str(pipe.folder)),
+        "config": _absolute(config.config),
     }
+
+
+def _absolute(path: str | None) -> str | None:
+    """Found from any working directory; what is no path here is a hub id."""
+    return str(Path(path).resolve()) if path and Path(path).exists() else path

@@ -32,10 +32,17 @@ class Loaded:
 
 def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
     """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
     if foreign.kind(path) == "ldm":
         parts, nodes, folder = load_trained(path, weights)
         return Loaded(parts, nodes, folder, nodes.get("scheduler_config"))
     checkpoint = foreign.read(path, config, weights)
+    if "vae" not in checkpoint.states:
+        raise ConfigError(
+            f"{path} holds {' and '.join(checkpoint.states)} alone: give the folder of the whole pipeline, "
+            "the one with model_index.json in it."
+        )
     nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
     if checkpoint.scheduler_config is not None:
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
@@ -76,13 +83,21 @@ def adopted(folder: Path) -> dict[str, Any]:
 def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float32") -> None:
     """Writes "ldm" (a checkpoint folder of ours), "diffusers" (a folder) or "compvis" (one .safetensors or .ckpt).
 
-    ConfigError for what the format cannot carry, and for a path that exists.
+    ConfigError for what the format cannot carry, and for a path that exists or cannot be written.
     """
-    path, parts, config = Path(path), loaded.parts, loaded.config
+    path = Path(path)
     if format not in FORMATS:
         raise ConfigError(f"format={format} is not known: choose one of {', '.join(FORMATS)}.")
     if path.exists():
         raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
+    try:
+        _save(loaded, path, format, dtype)
+    except OSError as error:
+        raise ConfigError(f"output={path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _save(loaded: Loaded, path: Path, format: str, dtype: str) -> None:
+    parts, config = loaded.parts, loaded.config
     modules: dict[str, nn.Module] = {"vae": parts.autoencoder}
     if parts.denoiser is not None and parts.text_encoder is not None:
         assert isinstance(parts.denoiser.model, nn.Module)
@@ -102,6 +117,8 @@ def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float3
         k: config[k] for k in ("model", "autoencoder", "text_encoder", "image_size") if k in config
     }
     with tempfile.TemporaryDirectory() as folder:
+        tokenizer = None
         if parts.text_encoder is not None:
-            parts.text_encoder.save_tokenizer(folder)
-        foreign.write(foreign.Checkpoint(nodes, states, described, Path(folder)), path, format, dtype)
+            tokenizer = Path(folder)
+            parts.text_encoder.save_tokenizer(tokenizer)
+        foreign.write(foreign.Checkpoint(nodes, states, described, tokenizer), path, format, dtype)
