@@ -38,6 +38,8 @@ def test_every_class_builds_a_sampler_that_walks_its_table(name, spacing):
     levels = solver.levels(scheduler, 10)
     ratios = [float(level.ratio) for level in levels]
     assert ratios == sorted(ratios, reverse=True) and len(levels) in (11, 12)  # PNDM visits its second point twice
+    if name == "EulerDiscreteScheduler":  # x_1 is sigma eps, from within a leading table eps itself
+        assert levels.start == (1.0 if spacing == "leading" else pytest.approx(levels[0].sigma))
     top = float(levels[0].timestep)
     expected = {"linspace": 999, "leading": 901, "trailing": 999}  # diffusers' first timestep of ten
     if name == "LCMScheduler":
