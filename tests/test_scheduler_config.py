@@ -38,8 +38,6 @@ def test_every_class_builds_a_sampler_that_walks_its_table(name, spacing):
     levels = solver.levels(scheduler, 10)
     ratios = [float(level.ratio) for level in levels]
     assert ratios == sorted(ratios, reverse=True) and len(levels) in (11, 12)  # PNDM visits its second point twice
-    if name == "EulerDiscreteScheduler":  # x_1 is sigma eps, from within a leading table eps itself
-        assert levels.start == (1.0 if spacing == "leading" else pytest.approx(levels[0].sigma))
     top = float(levels[0].timestep)
     expected = {"linspace": 999, "leading": 901, "trailing": 999}  # diffusers' first timestep of ten
     if name == "LCMScheduler":
@@ -85,6 +83,15 @@ def test_options_of_the_classes_reach_the_solver():
         solve = sampler_node(TABLE | config)["solve"]
         assert solve["_target_"].rpartition(".")[2] == function, config
         assert options.items() <= solve.items(), (config, solve)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_euler_starts_from_sigma_eps_but_on_leading_grids_from_eps(spacing):
+    """Also where the leading grid reaches the noisiest entry (diffusers' init_noise_sigma)."""
+    config = TABLE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing, "steps_offset": 0}
+    levels = build(sampler_node(config), "sampler").levels(build(nodes(config)["scheduler"], "scheduler"), 1000)
+    assert levels[0].timestep == 999 and levels[0].sigma < 0.999
+    assert levels.start == (1.0 if spacing == "leading" else levels[0].sigma)
 
 
 def test_what_the_file_says_of_the_grid_holds_for_every_sampler():
