@@ -15,11 +15,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from test_conf import composed
+from tiny_training import config
 
 from ldm import Pipeline
 from ldm.errors import ConfigError
+from ldm.pictures import from_pil
 from ldm.tasks.convert import convert
 from ldm.training.loading import load_any
+from ldm.training.run import train_run
 
 pytestmark = pytest.mark.slow
 PROMPT = "a red star on a chair"
@@ -46,10 +49,10 @@ def task():
 
 
 def converted(checkpoint: Path, output: Path, format: str, **options: str) -> Path:
-    config = OmegaConf.merge(
+    settings = OmegaConf.merge(
         task(), {"checkpoint": str(checkpoint), "output": str(output), "format": format, **options}
     )
-    assert convert(config) == {}
+    assert convert(settings) == {}
     return output
 
 
@@ -77,9 +80,17 @@ def test_what_was_converted_is_sampled_and_named_in_its_recipe(place, sources):
     assert result.returncode == 0, result.stderr
     drawn = Image.open(place / "drawn/0000.png")
     assert json.loads(drawn.text["ldm"])["checkpoint"] == str(output)
-    from ldm.pictures import from_pil
-
     torch.testing.assert_close(from_pil(drawn)[None], picture(output), atol=0.005, rtol=0)
+
+
+def test_training_starts_from_what_was_converted(place, tiny_run):
+    """At a learning rate of 0 the network that leaves the training is the one that was converted."""
+    output = converted(tiny_run, place / "to_train_from", "ldm")
+    shards = next((tiny_run.parent / "stages").glob("shards-*"))
+    settings = config(f"shards={shards}", f"checkpoint={output}", "max_steps=1", "optimizer.lr=0.0")
+    trained = train_run(settings, lambda digest: place / "trained").path
+    before, after = (load_any(p, "raw").parts.denoiser.model.state_dict() for p in (output, trained))
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
 @pytest.mark.parametrize("steps", [4, 10])

@@ -85,6 +85,15 @@ def test_options_of_the_classes_reach_the_solver():
         assert options.items() <= solve.items(), (config, solve)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_euler_starts_from_sigma_eps_but_on_leading_grids_from_eps(spacing):
+    """Also where the leading grid reaches the noisiest entry (diffusers' init_noise_sigma)."""
+    config = TABLE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing, "steps_offset": 0}
+    levels = build(sampler_node(config), "sampler").levels(build(nodes(config)["scheduler"], "scheduler"), 1000)
+    assert levels[0].timestep == 999 and levels[0].sigma < 0.999
+    assert levels.start == (1.0 if spacing == "leading" else levels[0].sigma)
+
+
 def test_what_the_file_says_of_the_grid_holds_for_every_sampler():
     said = TABLE | {"_class_name": "PNDMScheduler", "timestep_spacing": "trailing", "clip_sample": True}
     assert sampler_node(said, "euler")["spacing"]["_target_"].endswith("trailing")

@@ -58,6 +58,18 @@ def test_a_convolution_differs_only_where_a_tile_is_cut():
     assert difference[~cut].max() < 1e-12 < difference[cut].max()
 
 
+@pytest.mark.parametrize("across", [2, 3])
+def test_tiles_that_disagree_are_blended_linearly(across):
+    """Each tile is painted in one colour of its own: no seam is steeper than one tile's ramp and its neighbour's."""
+    x = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    colours = x + torch.arange(40.0).reshape((1, 1, 40, 1) if across == 2 else (1, 1, 1, 40))
+    got = tiled(lambda t: t.mean().expand_as(t), colours, Fraction(1), tile=16, overlap=8)
+    steps = got.diff(dim=across)
+    assert steps.min() >= -1e-12 and got.diff(dim=5 - across).abs().max() < 1e-12
+    # Colours 8 apart, ramps of 1/9 a pixel; where one tile begins and another ends two of them add up.
+    assert 0.8 < steps.max() < 2 * 8 / 9 + 1e-9
+
+
 @pytest.mark.parametrize(("size", "overlap"), [(8, 3), (9, 3), (64, 16), (65, 16), (100, 0), (1000, 63)])
 def test_tiles_cover_everything_and_overlap_as_asked(size, overlap):
     tile = 8 if size < 64 else 64

@@ -166,7 +166,7 @@ def scheduler_config(scheduler: Mapping[str, Any], parameterization: Mapping[str
         "rescale_betas_zero_snr": scheduler.get("zero_terminal_snr", False),
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # trailing entries have none; diffusers' pipelines warn of any other number
         "clip_sample": False,
     }
 

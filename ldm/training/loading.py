@@ -34,6 +34,7 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
     """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
+    path = Path(path).expanduser()  # shells leave checkpoint=~/x as it is
     if foreign.kind(path) == "ldm":
         parts, nodes, folder = load_trained(path, weights)
         return Loaded(parts, nodes, folder, nodes.get("scheduler_config"))
@@ -47,8 +48,8 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
     if checkpoint.scheduler_config is not None:
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
     parts = build_parts(nodes, checkpoint.tokenizer)
-    fill_parts(parts, checkpoint.states, Path(path))
-    return Loaded(parts, nodes, Path(path), checkpoint.scheduler_config)
+    fill_parts(parts, checkpoint.states, path)
+    return Loaded(parts, nodes, path, checkpoint.scheduler_config)
 
 
 def as_ours(path: str | Path, weights: str, config: str | Path | None, folder: Path) -> Path:
