@@ -66,7 +66,9 @@ class Root:
     )
     weights: str = key("ema", "train sample evaluate encode convert", "which weights of the checkpoint: ema or raw")
     config: str | None = key(
-        None, "sample convert train", "diffusers folder that says what a single file of unpublished sizes does not"
+        None,
+        "sample convert train evaluate encode",
+        "diffusers folder that says what a single file of unpublished sizes does not",
     )
     adopt: bool = key(False, "train", "model, text encoder, autoencoder, schedule and target are the checkpoint's")
     scheduler_config: Any = key(None, "train", "diffusers' scheduler_config.json of an adopted checkpoint")

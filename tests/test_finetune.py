@@ -56,6 +56,11 @@ def test_the_whole_model_goes_on_and_leaves_again(request, tmp_path, pictures, m
     before = load_any(base)
     out = run(tmp_path, "finetune", "mine", f"checkpoint={base}", f"images={pictures}", "optimizer.lr=1e-3")
     exported = out / "export/step-00000003.safetensors"
+    # The latents keep the autoencoder that made them, and nothing else of the checkpoint.
+    (kept,) = (tmp_path / "outputs/stages").glob("latents-*/autoencoder")
+    assert {p.name for p in kept.iterdir()} == {"vae.safetensors", "config.yaml", "manifest.json"} and find(
+        kept
+    ) == kept
     # What is trained has moved, what is frozen has not, in the run and in the file that leaves.
     after = load_any(exported, config=base)
     moved = {part: not same(getattr_(before, part), getattr_(after, part)) for part in ("unet", "vae", "text_encoder")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,18 @@ from ldm.data.writer import Written, write_dataset
 from ldm.errors import ConfigError
 from ldm.training.assemble import load_trained
 from ldm.training.autoencoder import to_unit
-from ldm.training.checkpoints import read_manifest
+from ldm.training.checkpoints import read_manifest, take_parts
+from ldm.training.loading import as_ours
 
 
 def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Writes output=DIR from shards=PATH with the autoencoder of checkpoint=RUN."""
     check(config)
-    written = encode_shards(plain(config), Path(config.output) if config.output else None)
+    values = plain(config)
+    if values["checkpoint"]:
+        stages = Path(values["outputs"]) / "stages"
+        values["checkpoint"] = str(as_ours(values["checkpoint"], values["weights"], values["config"], stages))
+    written = encode_shards(values, Path(config.output) if config.output else None)
     print(written)
     print(f"latents: {written.output}")
     return {f"samples/{split}": float(n) for split, n in written.samples.items()}
@@ -55,7 +59,8 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
     facts["autoencoder"] = identity["autoencoder"]
     items = (i for name, shards in data.items() for i in _items(shards, name, autoencoder, size, config["batch_size"]))
     written = write_dataset(items, output, facts=facts, identity=identity)
-    _keep_autoencoder(folder, written.output / "autoencoder")
+    # The autoencoder that made the latents travels with them: decoding needs it, and no other fits.
+    take_parts(folder, ["vae"], written.output / "autoencoder")
     return written
 
 
@@ -75,13 +80,3 @@ def _item(key: str, caption: str, latent: np.ndarray, split: str) -> Item | Reje
     buffer = io.BytesIO()
     np.save(buffer, latent)
     return Item({"latent.npy": buffer.getvalue(), "txt": caption.encode()}, split, key=file_name(key))
-
-
-def _keep_autoencoder(checkpoint: Path, target: Path) -> None:
-    """The checkpoint that made the latents travels with them: decoding needs it, and no other fits."""
-    if target.is_dir():
-        return
-    part = target.with_name("autoencoder.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(checkpoint, part)
-    part.rename(target)

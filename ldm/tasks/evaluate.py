@@ -28,6 +28,7 @@ from ldm.pipeline import Pipeline
 from ldm.sampling import Sampler
 from ldm.training.assemble import load_trained
 from ldm.training.autoencoder import to_unit
+from ldm.training.loading import as_ours
 from ldm.training.run_directory import read_json, write_json
 
 BATCH = 64
@@ -41,6 +42,8 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     values = plain(config)
     if not values["checkpoint"]:
         raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
+    stages = Path(values["outputs"]) / "stages"
+    values["checkpoint"] = str(as_ours(values["checkpoint"], values["weights"], values["config"], stages))
     result, output = evaluate_run(values)
     for name, value in sorted(result.items()):
         if "/low" not in name and "/high" not in name and not name.endswith(("/n", "/chance")):
@@ -53,7 +56,7 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     """Scores of a checkpoint; an evaluation that is already there for the same checkpoint and request is read."""
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
-    run = folder.parent.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     output = Path(config["output"]) if config["output"] else run / f"evaluation-{config['weights']}"
     asked = {k: config[k] for k in ("eval_images", "num_steps", "guidance", "guidance_rescale", "eta", "seed")}
     asked |= {k: config[k] for k in ("sampler", "grid", "guider", "metric", "weights")}
@@ -62,7 +65,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     if before.get("key") == key:
         return before["metrics"], output
     metrics = _metrics(config["metric"])
-    images = _image_shards(config["shards"] or trained["data"]["shards"])
+    images = _image_shards(config["shards"] or trained.get("data", {}).get("shards"))
     size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
     result = _reconstruction(metrics, parts.autoencoder.eval(), images, size)

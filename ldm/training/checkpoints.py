@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,21 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     _sync(folder.parent)
+
+
+def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
+    """A checkpoint folder with some parts of another, linked, that verifies as that does; nothing if it is there."""
+    if target.is_dir():
+        return
+    manifest = read_manifest(folder)
+    wanted = {n: e for n, e in manifest["files"].items() if n == "config.yaml" or n.split(".")[0] in names}
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in wanted:
+        _link(folder / name, part / name)
+    (part / "manifest.json").write_text(json.dumps({**manifest, "files": wanted}, indent=1))
+    part.rename(target)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

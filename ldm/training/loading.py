@@ -55,8 +55,8 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
 def as_ours(path: str | Path, weights: str, config: str | Path | None, folder: Path) -> Path:
     """The checkpoint folder of ours for a checkpoint in anybody's layout, which is converted into `folder` once."""
     if foreign.kind(path) == "ldm":
-        return find(path)
-    place = Path(path)
+        return find(Path(path).expanduser())
+    place = Path(path).expanduser()
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     fingerprint = hashlib.sha256(repr((str(path), weights, str(config), stamps)).encode()).hexdigest()[:8]
