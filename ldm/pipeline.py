@@ -157,6 +157,8 @@ class Pipeline:
         """The named sampler as it is on this checkpoint; None: the model's own, where no file says another."""
         if isinstance(sampler, Solver):
             return sampler
+        if sampler is not None and not isinstance(sampler, str | Path | dict):
+            raise ConfigError(f"sampler must be a name or a YAML of conf/sampler, not {type(sampler).__name__}.")
         if isinstance(sampler, dict | Path) or (sampler and Path(sampler).suffix):  # a file may change between calls
             return self._built(sampler)
         if (name := sampler or "") not in self._named:
@@ -169,7 +171,7 @@ class Pipeline:
             if self.scheduler_config is None:
                 return None
             sampler, options = schedulers.own_sampler(self.scheduler_config)
-        node = sampler if isinstance(sampler, dict) else _sampler_node(sampler)
+        node = dict(sampler) if isinstance(sampler, dict) else _sampler_node(sampler)
         node["solve"] = {**node["solve"], **options}
         if self.scheduler_config is not None:
             node = schedulers.adjusted(node, self.scheduler_config)
@@ -288,8 +290,6 @@ def _scaled(picture: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _sampler_node(sampler: str | Path) -> dict[str, Any]:
-    if not isinstance(sampler, str | Path):
-        raise ConfigError(f"sampler must be a name or a YAML of conf/sampler, not {type(sampler).__name__}.")
     given, folder = Path(sampler), conf_dir() / "sampler"
     path = given if given.suffix in (".yaml", ".yml") else folder / f"{sampler}.yaml"
     if not path.is_file():
