@@ -67,6 +67,7 @@ def test_killed_and_started_again_is_the_same_run(point, data, uninterrupted, tm
     assert pictures == sorted(p.name for p in (whole / "images").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_muon_resumes_exactly_too(data, tmp_path, monkeypatch):
     muon = ["optimizer=muon", "max_steps=6"]
     run(tmp_path / "whole", data, monkeypatch, Spy(), *muon)
