@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.build import build, read_node
 from ldm.config import conf_dir, nearest
 from ldm.data.transforms import to_rgb
+from ldm.diffusion.grids import Spacing
 from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
@@ -112,6 +113,7 @@ class Pipeline:
         prompt_weights: bool = False,  # (word:1.3), (word) and [word] weigh words
         tiling: bool = False,  # the autoencoder works in tiles
         guider: Guider | None = None,  # other guidance than classifier-free
+        spacing: Spacing | None = None,  # another grid than the sampler's, from ldm.diffusion.grids
     ) -> Request:
         """What `steps`, `sample` and the call itself draw. ConfigError for what cannot be drawn."""
         prompts, negative = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
@@ -145,6 +147,7 @@ class Pipeline:
             guidance=guidance,
             seeds=_seeds(seed),
             solver=solver,
+            spacing=spacing,
             guider=self._complete(guider or ClassifierFree(rescale=guidance_rescale), text, prompts),
             text=text,
             init_image=image,

@@ -21,6 +21,7 @@ from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
+from ldm.models.inputs import inpainting_channels
 from ldm.pictures import Frame
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompts import Prompts
@@ -167,10 +168,11 @@ class Sampler:
     def _sees_mask(self, channels: int, request: Request) -> bool:
         """Whether the network has inputs for mask and masked latent. ConfigError where they do not fit the request."""
         extra = getattr(self.denoiser.model, "in_channels", channels) - channels
-        if extra not in (0, channels + 1):
+        fitting = inpainting_channels(channels) - channels
+        if extra not in (0, fitting):
             raise ConfigError(
                 f"the network has {extra} input channels beside the latent's {channels}: models with none, or with "
-                f"{channels + 1} (a mask and a masked latent), can be sampled."
+                f"{fitting} (a mask and a masked latent), can be sampled."
             )
         if extra and request.mask is None:
             raise ConfigError(

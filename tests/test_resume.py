@@ -7,12 +7,10 @@ import subprocess
 
 import pytest
 from commands import metrics, start, wait_for
-from tiny_training import Killed, Spy, config, fingerprint, make_data
+from tiny_training import Killed, Spy, config, fingerprint, make_data, train_watched
 
-import ldm.training.run as training_run
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import all_folders
-from ldm.training.run import train_run
 
 STEPS = ["max_steps=12", "callbacks.checkpoints.every_n_steps=3", "callbacks.checkpoints.keep_last=2"]
 STEPS += [
@@ -29,19 +27,7 @@ def data(tmp_path_factory):
 
 def run(directory, data, monkeypatch, spy, *overrides):
     """train_run with a spy among the callbacks, before the checkpoint callback."""
-    original = training_run.build
-
-    def with_spy(node, path="config", **kwargs):
-        if path == "trainer":
-            kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
-        return original(node, path, **kwargs)
-
-    monkeypatch.setattr(training_run, "build", with_spy)
-    settings = config(f"shards={data[2]}", *STEPS, *overrides)
-    try:
-        return train_run(settings, lambda digest: directory)
-    finally:
-        monkeypatch.setattr(training_run, "build", original)
+    return train_watched(config(f"shards={data[2]}", *STEPS, *overrides), directory, monkeypatch, spy)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ import pytest
 import torch
 from commands import metrics
 from conf_nodes import build
-from tiny_training import Killed, Spy, config, fingerprint, make_data
+from tiny_training import Killed, Spy, config, fingerprint, make_data, train_watched
 from torch import Tensor
 
 import ldm.autoencoders.vq as vq
-import ldm.training.run as training_run
 from ldm.autoencoders.latents import LatentSpace, Point
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
@@ -134,18 +133,7 @@ STEPS += ["callbacks.checkpoints.every_n_steps=3", "callbacks.validation.every_n
 
 
 def train(directory, shards, monkeypatch, spy, *overrides):
-    original = training_run.build
-
-    def with_spy(node, path="config", **kwargs):
-        if path == "trainer":
-            kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
-        return original(node, path, **kwargs)
-
-    monkeypatch.setattr(training_run, "build", with_spy)
-    try:
-        return train_run(config(*STEPS, f"shards={shards}", *overrides), lambda digest: directory)
-    finally:
-        monkeypatch.setattr(training_run, "build", original)
+    return train_watched(config(*STEPS, f"shards={shards}", *overrides), directory, monkeypatch, spy)
 
 
 @pytest.mark.slow

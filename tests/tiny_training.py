@@ -11,11 +11,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import ldm.training.run as training_run
 from ldm.config import register
 from ldm.data.sources.shapes import ShapesSource
 from ldm.data.writer import write_dataset
 from ldm.tasks.encode import encode_shards
-from ldm.training.run import train_run
+from ldm.training.run import Finished, train_run
 
 CONF = Path(__file__).parent.parent / "conf"
 TINY = ["source=shapes", "model=unet_tiny", "autoencoder=kl_tiny", "text_encoder=small_tiny", "trainer=debug"]
@@ -62,6 +63,22 @@ class Spy(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._maybe_die("batch_end", trainer)
+
+
+def train_watched(settings: dict[str, Any], directory: Path, monkeypatch, spy: L.Callback) -> Finished:
+    """train_run with a spy among the callbacks, before the checkpoint callback."""
+    original = training_run.build
+
+    def with_spy(node, path="config", **kwargs):
+        if path == "trainer":
+            kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
+        return original(node, path, **kwargs)
+
+    monkeypatch.setattr(training_run, "build", with_spy)
+    try:
+        return training_run.train_run(settings, lambda digest: directory)
+    finally:
+        monkeypatch.setattr(training_run, "build", original)
 
 
 class Killed(BaseException):

@@ -15,9 +15,11 @@ from ldm.errors import ConfigError
 from ldm.formats import diffusers_config as vocabulary
 from ldm.formats import fold, text_keys, vae_keys
 from ldm.formats.content import PARTS, Checkpoint, Node, State, read_json
+from ldm.formats.kinds import part_of
 from ldm.formats.known import SCALING
-from ldm.formats.match import expected, match, settings
-from ldm.formats.open import float32, load
+from ldm.formats.match import expected, filled, settings
+from ldm.formats.open import load
+from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
 
 _CLASSES = {
@@ -43,7 +45,7 @@ def describe(folder: Path) -> Described:
     """Everything but the weights, of a pipeline's folder or one part's."""
     index = folder / "model_index.json"
     if not index.is_file():
-        part = _part_of(read_json(folder / "config.json"))
+        part: str = part_of(read_json(folder / "config.json")) or "text_encoder"
         return _described({part: folder}, None, None)
     found = read_json(index)
     surplus = sorted(k for k, v in found.items() if _is_model(v) and k not in (*_CLASSES, *_PASSED_OVER))
@@ -81,12 +83,6 @@ def _described(folders: dict[str, Path], schedule: dict[str, Any] | None, words:
     return Described(Checkpoint(nodes, {}, schedule, words), scaling, vae.get("shift_factor"))
 
 
-def _part_of(config: dict[str, Any]) -> str:
-    names = [config.get("_class_name"), *(config.get("architectures") or [])]
-    part = next((part for part, classes in _CLASSES.items() if any(name in classes for name in names)), None)
-    return part or "text_encoder"  # a whole CLIP: its text half is read
-
-
 def read(folder: Path, weights: str) -> Checkpoint:
     """A pipeline's folder, or one part's. weights="raw" takes non_ema files where there are some."""
     described = describe(folder)
@@ -106,8 +102,7 @@ def fit(part: str, tensors: State, node: Node, described: Described, source: str
         tensors = text_keys.from_transformers(tensors)
     if part == "vae":
         tensors = vae_keys.from_diffusers(tensors) | fold.units(wanted, described.scaling, described.shift)
-    match(tensors, wanted, source)
-    return {k: float32(tensors[k]) for k in wanted}
+    return filled(tensors, wanted, source)
 
 
 def load_part(folder: Path, part: str, weights: str = "ema") -> State:
@@ -181,7 +176,7 @@ def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     schedule = checkpoint.scheduler_config
     assert schedule is not None
     _write_json(folder / "scheduler/scheduler_config.json", schedule)
-    inpaints = unet["in_channels"] == 2 * unet["out_channels"] + 1  # mask and masked latents beside the noisy ones
+    inpaints = unet["in_channels"] == inpainting_channels(unet["out_channels"])
     _write_json(folder / "model_index.json", _index(inpaints, schedule.get("_class_name", "PNDMScheduler")))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.errors import ConfigError
 from ldm.formats.content import read_json
@@ -90,6 +90,12 @@ def of_names(names: Iterable[str]) -> tuple[Kind, str]:
     return "other", f"of no known kind: its entries are called {some or 'nothing at all'}. Give a checkpoint."
 
 
+def part_of(config: Mapping[str, Any]) -> Kind | None:
+    """Which part a config.json of diffusers or transformers describes; of a whole CLIP the text half is read."""
+    names = [config.get("_class_name"), *(config.get("architectures") or [])]
+    return next((_FOLDERS[name] for name in names if name in _FOLDERS), None)
+
+
 def of_path(path: Path) -> Kind:
     """The kind of an existing file or folder. ConfigError for a folder that is none, and for damaged files."""
     if path.is_file():
@@ -99,10 +105,9 @@ def of_path(path: Path) -> Kind:
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         return "ldm"
     if (path / "config.json").is_file():
-        config = read_json(path / "config.json")
-        for name in [config.get("_class_name"), *(config.get("architectures") or [])]:
-            if name in _FOLDERS:
-                return _FOLDERS[name]
+        part = part_of(read_json(path / "config.json"))
+        if part is not None:
+            return part
     raise ConfigError(
         f"{path} is no checkpoint: it has no model_index.json (a diffusers pipeline), no checkpoints/ (a run of ours) "
         "and no config.json of a part. Give such a folder, or a .safetensors or .ckpt file."

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.errors import ConfigError
 from ldm.formats.content import Node, State
+from ldm.formats.open import float32
 from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.small import SmallTextEncoder
@@ -25,7 +26,7 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
     TEXT: CLIPText,
     "ldm.text.small.SmallTextEncoder": SmallTextEncoder,
 }
-_OURS = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT}
+TARGETS = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT}
 
 
 def expected(node: Node) -> State:
@@ -44,7 +45,7 @@ def _expected(node: str) -> State:
 def settings(node: Node, part: str) -> dict[str, Any]:
     """All arguments of a part's own class that a node stands for, defaults included, those of its subclass too."""
     found: dict[str, Any] = {}
-    for kind in (CLASSES[_OURS[part]], CLASSES[node["_target_"]]):
+    for kind in (CLASSES[TARGETS[part]], CLASSES[node["_target_"]]):
         parameters = inspect.signature(kind).parameters.values()
         found |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return found | {k: v for k, v in node.items() if not k.startswith("_")}
@@ -53,12 +54,18 @@ def settings(node: Node, part: str) -> dict[str, Any]:
 def carries(node: Node, part: str) -> bool:
     """Whether a node is of the one architecture that other programs' formats know for this part."""
     kind = CLASSES.get(node.get("_target_", ""))
-    return kind is not None and issubclass(kind, CLASSES[_OURS[part]])
+    return kind is not None and issubclass(kind, CLASSES[TARGETS[part]])
 
 
 def architecture(part: str) -> str:
     """Our class for a part, as people call it."""
-    return _OURS[part].rsplit(".", 1)[1]
+    return TARGETS[part].rsplit(".", 1)[1]
+
+
+def filled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> State:
+    """The tensors that `wanted` names, in its order and in float32, once they match it."""
+    match(state, wanted, source)
+    return {k: float32(state[k]) for k in wanted}
 
 
 def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:

@@ -18,8 +18,8 @@ from ldm.errors import ConfigError
 from ldm.formats import fold, known, sizes, text_keys, unet_keys, vae_keys
 from ldm.formats.content import PARTS, Checkpoint, Node, State
 from ldm.formats.diffusers_folder import Described
-from ldm.formats.match import AUTOENCODER, TEXT, UNET, expected, match, settings
-from ldm.formats.open import Opened, float32
+from ldm.formats.match import TARGETS, expected, filled, match, settings
+from ldm.formats.open import Opened
 
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
 _HARMLESS = re.compile(
@@ -71,16 +71,15 @@ def add_vae(
     ours = vae_keys.from_compvis(state) if vae_keys.is_compvis(state) else vae_keys.from_diffusers(state)
     found = sizes.autoencoder(ours)
     key = (tuple(found["block_channels"]), found["latent_channels"])
-    node = _complete(found, known.AUTOENCODERS.get(key), given, "autoencoder", source)
+    node = _complete(found, known.AUTOENCODERS.get(key), given, "vae", source)
     wanted = expected(node)
     stable_diffusion = key == (known.AUTOENCODER, 4)
     scaling, shift = (given.scaling, given.shift) if given else (known.SCALING if stable_diffusion else None, None)
     if scale_factor is not None:
         scaling = float(scale_factor)
     state = ours | fold.units(wanted, scaling, shift)
-    match(state, wanted, f"{source} (autoencoder)")
+    checkpoint.states["vae"] = filled(state, wanted, f"{source} (autoencoder)")
     checkpoint.config["autoencoder"] = node
-    checkpoint.states["vae"] = {k: float32(state[k]) for k in wanted}
 
 
 def _read_unet(
@@ -88,7 +87,7 @@ def _read_unet(
 ) -> None:
     found = sizes.unet(theirs)
     key = (tuple(found["block_channels"]), found["cross_attention_dim"])
-    node = _complete(found, known.UNETS.get(key), given, "model", source)
+    node = _complete(found, known.UNETS.get(key), given, "unet", source)
     wanted = expected(node)
     names = unet_keys.compvis_names(wanted)
     if weights == "ema":
@@ -98,9 +97,8 @@ def _read_unet(
             theirs = {k: v for k, v in averaged.items() if v is not None}
     inverse = {name: ours for ours, name in names.items()}
     state = {inverse.get(name, unet_keys.PREFIX + name): tensor for name, tensor in theirs.items()}
-    match(state, wanted, f"{source} (U-Net)")
+    checkpoint.states["unet"] = filled(state, wanted, f"{source} (U-Net)")
     checkpoint.config["model"] = node
-    checkpoint.states["unet"] = {k: float32(state[k]) for k in wanted}
 
 
 def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Path, given: Described | None) -> None:
@@ -112,23 +110,22 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
             "other. Give the diffusers folder of the same model."
         )
     wanted = expected(node)
-    match(state, wanted, f"{source} (text encoder)")
+    checkpoint.states["text_encoder"] = filled(state, wanted, f"{source} (text encoder)")
     checkpoint.config["text_encoder"] = node
-    checkpoint.states["text_encoder"] = {k: float32(state[k]) for k in wanted}
 
 
-_TARGETS = {"model": UNET, "autoencoder": AUTOENCODER, "text_encoder": TEXT}
 # A folder that differs in these is of another model.
 _SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection")
 
 
 def _complete(
-    found: dict[str, Any], rest: Mapping[str, Any] | None, given: Described | None, key: str, source: Path
+    found: dict[str, Any], rest: Mapping[str, Any] | None, given: Described | None, part: str, source: Path
 ) -> Node:
     """The node: sizes from the shapes, the rest from what is given or known of published files."""
+    key = PARTS[part]
     node = given.checkpoint.config.get(key) if given else None
     if node is not None:
-        said = _says(node, next(part for part in PARTS if PARTS[part] == key))
+        said = _says(node, part)
         for name in _SAME:
             if name in found and found[name] != said[name]:
                 raise ConfigError(
@@ -141,7 +138,7 @@ def _complete(
             f"{source}: the {key}'s sizes ({_some(found)}) are no published ones, and such a file does not say heads "
             "or groups: give config=DIR, a diffusers folder of the same model."
         )
-    return {"_target_": _TARGETS[key], **found, **rest}
+    return {"_target_": TARGETS[part], **found, **rest}
 
 
 def _some(found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What every network refuses before it computes anything."""
+"""What goes into a network, and what every network refuses before it computes anything."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from torch import Tensor
 
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
+
+
+def inpainting_channels(latent_channels: int) -> int:
+    """Inputs of a network that repaints: noisy latent, mask, masked latent (Stable Diffusion's 9)."""
+    return 2 * latent_channels + 1
 
 
 def check_inputs(network: str, in_channels: int, cross_attention_dim: int | None, x_t: Tensor, cond: Condition) -> None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from ldm.config import check
 from ldm.errors import ConfigError
-from ldm.training.loading import FORMATS, load_any, save_any
+from ldm.training.loading import FORMATS, check_target, load_any, save_any
 
 
 def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
@@ -17,8 +17,7 @@ def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     for key, example in (("checkpoint", "outputs/mine"), ("format", "|".join(FORMATS)), ("output", "PATH")):
         if not config[key]:
             raise ConfigError(f"task=convert needs {key}=, for example {key}={example}.")
-    if Path(config.output).exists():
-        raise ConfigError(f"output={config.output} exists already: give another output=, or remove it first.")
+    check_target(Path(config.output), config.format)  # before gigabytes are read
     save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
     print(f"converted: {config.output}")
     return {}

@@ -29,8 +29,7 @@ def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     check(config)
     values = plain(config)
     if values["checkpoint"]:
-        stages = Path(values["outputs"]) / "stages"
-        values["checkpoint"] = str(as_ours(values["checkpoint"], values["weights"], values["config"], stages))
+        values["checkpoint"] = str(as_ours(values))
     written = encode_shards(values, Path(config.output) if config.output else None)
     print(written)
     print(f"latents: {written.output}")

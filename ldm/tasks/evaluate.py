@@ -28,6 +28,7 @@ from ldm.pipeline import Pipeline
 from ldm.sampling import Sampler
 from ldm.training.assemble import load_trained
 from ldm.training.autoencoder import to_unit
+from ldm.training.checkpoints import run_of
 from ldm.training.loading import as_ours
 from ldm.training.run_directory import read_json, write_json
 
@@ -42,8 +43,7 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     values = plain(config)
     if not values["checkpoint"]:
         raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
-    stages = Path(values["outputs"]) / "stages"
-    values["checkpoint"] = str(as_ours(values["checkpoint"], values["weights"], values["config"], stages))
+    values["checkpoint"] = str(as_ours(values))
     result, output = evaluate_run(values)
     for name, value in sorted(result.items()):
         if "/low" not in name and "/high" not in name and not name.endswith(("/n", "/chance")):
@@ -56,8 +56,7 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     """Scores of a checkpoint; an evaluation that is already there for the same checkpoint and request is read."""
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    output = Path(config["output"]) if config["output"] else run / f"evaluation-{config['weights']}"
+    output = Path(config["output"]) if config["output"] else run_of(folder) / f"evaluation-{config['weights']}"
     asked = {k: config[k] for k in ("eval_images", "num_steps", "guidance", "guidance_rescale", "eta", "seed")}
     asked |= {k: config[k] for k in ("sampler", "grid", "guider", "metric", "weights")}
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
@@ -147,9 +146,9 @@ def _draw(pipe: Pipeline, captions: list[str], config: dict[str, Any], size: int
             sampler=pipe.solver(config["sampler"]),
             eta=config["eta"],
             seed=[UNSEEN_NOISE + config["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
+            spacing=build(config["grid"], "grid"),
             guider=build({**config["guider"], "rescale": config["guidance_rescale"]}, "guider"),
         )
-        request.spacing = build(config["grid"], "grid")
         drawn.append(pipe.sampler.sample(request))
     return torch.cat(drawn)
 

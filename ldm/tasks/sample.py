@@ -19,6 +19,7 @@ from ldm.errors import ConfigError
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
+from ldm.training.checkpoints import run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
 ASKED = (
@@ -85,16 +86,15 @@ def _prompts(config: DictConfig) -> list[str]:
 
 def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
     seed: Any = OmegaConf.to_container(config.seed) if OmegaConf.is_list(config.seed) else config.seed
-    request = pipe.request(
+    return pipe.request(
         prompts,
         config.negative_prompt,
         sampler=pipe.solver(plain(config.sampler)),
         seed=seed,
+        spacing=build(config.grid, "grid"),
         guider=build(OmegaConf.merge(config.guider, {"rescale": config.guidance_rescale}), "guider"),
         **{key: config[key] for key in ASKED},
     )
-    request.spacing = build(config.grid, "grid")
-    return request
 
 
 def _default_output(config: DictConfig, pipe: Pipeline, request: Request) -> Path:
@@ -102,7 +102,7 @@ def _default_output(config: DictConfig, pipe: Pipeline, request: Request) -> Pat
     asked = {key: config[key] for key in (*ASKED, "seed", "weights")} | {g: plain(config[g]) for g in GROUPS}
     asked |= {"prompts": list(request.prompts), "negative_prompt": config.negative_prompt}
     asked |= {key: hashlib.sha256(Path(config[key]).read_bytes()).hexdigest() for key in PICTURES if config[key]}
-    run = pipe.folder.parent.parent if pipe.folder.parent.name == "checkpoints" else pipe.folder
+    run = run_of(pipe.folder)
     if not (pipe.folder / "manifest.json").is_file():  # other people's checkpoints are left as they are
         run = Path(config.outputs)
         asked |= {"checkpoint": _absolute(str(pipe.folder)), "config": _absolute(config.config)}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
+from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
@@ -23,7 +21,7 @@ from ldm.training.assemble import DIFFUSION_NODES, build_parts
 from ldm.training.checkpoints import folder_name
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
-from ldm.training.run_directory import write_json
+from ldm.training.run_directory import alone, write_json
 
 STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 
@@ -50,14 +48,13 @@ def start_from_any_layout(config: DictConfig) -> None:
         )
     if not config.checkpoint:
         return
-    with _alone({"outputs": config.outputs}, "checkpoint"):
-        folder = as_ours(config.checkpoint, config.weights, config.config, Path(config.outputs) / "stages")
+    folder = as_ours(config)
     config.checkpoint = str(folder)
     if not config.adopt:
         return
     nodes = adopted(folder)
     if config.masking:  # a model that repaints sees a mask and a masked latent too; fresh channels start at zero
-        nodes["model"]["in_channels"] = 2 * nodes["model"].get("out_channels", 4) + 1
+        nodes["model"]["in_channels"] = inpainting_channels(nodes["model"].get("out_channels", 4))
     if config.image_size is None:
         config.image_size = nodes["image_size"]
     for name in (*DIFFUSION_NODES, "scheduler_config"):
@@ -132,7 +129,7 @@ class Stages:
         if self.config.shards:  # they are there already
             self.made["prepare"] = {"path": self.config.shards}
             return {}
-        with _alone(values, "prepare"):
+        with alone(values["outputs"], "prepare"):
             written = prepare_shards(values)
         print(written, flush=True)
         self.found["shards"] = str(written.output)
@@ -155,7 +152,7 @@ class Stages:
         if open_split(values["shards"], "train").kind == "latent":
             self.made["encode"] = {"path": values["shards"]}
             return {}
-        with _alone(values, "encode"):
+        with alone(values["outputs"], "encode"):
             written = encode_shards(values)
         print(written, flush=True)
         # The latents bring their autoencoder along.
@@ -173,7 +170,7 @@ class Stages:
         return finished.metrics
 
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:
-        with _alone(values, "evaluate"):
+        with alone(values["outputs"], "evaluate"):
             metrics, output = evaluate_run(values)
         self.made["evaluate"] = {"path": str(output)}
         return metrics
@@ -187,17 +184,3 @@ class Stages:
         path = write_report(self.run_directory)
         print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")
         return {}
-
-
-@contextmanager
-def _alone(values: dict[str, Any], stage: str) -> Iterator[None]:
-    """One process at a time: arms of a sweep and ranks of a job wait, then find the result there."""
-    folder = Path(values["outputs"]) / "stages"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{stage}.lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder} ({error.strerror}): give another outputs= folder.") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
+from ldm.models.inputs import inpainting_channels
 from ldm.text.encoder import TextEncoder
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.checkpoints import State, find, load_parts
+from ldm.training.checkpoints import State, find, load_parts, read_config
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, seed_of
@@ -74,7 +74,7 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
             f"set model.pooled_dim={'null' if given is None else given} where the model has it (model=dit_quickstart "
             "and other transformers), or choose another text_encoder=."
         )
-    inpainting = 2 * latent_channels + 1  # noisy latent, mask, masked latent
+    inpainting = inpainting_channels(latent_channels)
     for key, fitting in (("in_channels", (latent_channels, inpainting)), ("out_channels", (latent_channels,))):
         if model.get(key, 4) not in fitting:
             raise ConfigError(
@@ -101,7 +101,7 @@ def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
 def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, dict[str, Any], Path]:
     """Everything in a checkpoint folder (or the newest one of a run): parts, its configuration, the folder."""
     folder = find(checkpoint)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_config(folder)
     tokenizer = folder / "tokenizer"
     parts = build_parts(config, tokenizer if tokenizer.is_dir() else None)
     fill_parts(parts, load_parts(folder, weights), folder)

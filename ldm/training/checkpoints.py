@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +86,16 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
         _link(folder / name, part / name)
     (part / "manifest.json").write_text(json.dumps({**manifest, "files": wanted}, indent=1))
     part.rename(target)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint folder's modules are rebuilt from."""
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def run_of(folder: Path) -> Path:
+    """The run directory of a checkpoint folder; the folder itself where it belongs to none."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

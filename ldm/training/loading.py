@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
 from ldm.training.assemble import DIFFUSION_NODES, Parts, build_parts, fill_parts, load_trained
-from ldm.training.checkpoints import Content, find, write
+from ldm.training.checkpoints import Content, find, read_config, write
+from ldm.training.run_directory import alone
 
 FORMATS = ("ldm", *foreign.FORMATS)
 
@@ -52,23 +54,28 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
     return Loaded(parts, nodes, path, checkpoint.scheduler_config)
 
 
-def as_ours(path: str | Path, weights: str, config: str | Path | None, folder: Path) -> Path:
-    """The checkpoint folder of ours for a checkpoint in anybody's layout, which is converted into `folder` once."""
-    if foreign.kind(path) == "ldm":
-        return find(Path(path).expanduser())
+def as_ours(values: Mapping[str, Any]) -> Path:
+    """The checkpoint folder of ours for checkpoint=, in anybody's layout: converted into outputs/stages once.
+
+    values: a configuration's checkpoint, weights, config and outputs. Processes that ask for the same take turns.
+    """
+    path, weights, config = values["checkpoint"], values["weights"], values["config"]
     place = Path(path).expanduser()
+    if foreign.kind(path) == "ldm":
+        return find(place)
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     fingerprint = hashlib.sha256(repr((str(path), weights, str(config), stamps)).encode()).hexdigest()[:8]
-    target = folder / f"checkpoint-{fingerprint}"
-    if not target.is_dir():
-        save_any(load_any(path, weights, config), target, "ldm")
+    target = Path(values["outputs"]) / "stages" / f"checkpoint-{fingerprint}"
+    with alone(values["outputs"], "checkpoint"):
+        if not target.is_dir():
+            save_any(load_any(path, weights, config), target, "ldm")
     return target
 
 
 def adopted(folder: Path) -> dict[str, Any]:
     """The nodes that a run takes over from a checkpoint folder of ours, so that its parts fit as they are."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved = read_config(folder)
     missing = [k for k in DIFFUSION_NODES if k not in saved]
     if missing:
         raise ConfigError(
@@ -87,14 +94,19 @@ def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float3
     ConfigError for what the format cannot carry, and for a path that exists or cannot be written.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise ConfigError(f"format={format} is not known: choose one of {', '.join(FORMATS)}.")
-    if path.exists():
-        raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
+    check_target(path, format)
     try:
         _save(loaded, path, format, dtype)
     except OSError as error:
         raise ConfigError(f"output={path}: cannot be written ({error.strerror or error}).") from error
+
+
+def check_target(path: Path, format: str) -> None:
+    """ConfigError where `save_any` would refuse whatever the model is."""
+    if format not in FORMATS:
+        raise ConfigError(f"format={format} is not known: choose one of {', '.join(FORMATS)}.")
+    if path.exists():
+        raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
 
 
 def _save(loaded: Loaded, path: Path, format: str, dtype: str) -> None:

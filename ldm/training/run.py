@@ -22,7 +22,7 @@ from ldm.text.encoder import CLIPTokenized
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
 from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
 from ldm.training.callbacks.saving import Checkpoints
-from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_manifest
+from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_config, read_manifest
 from ldm.training.logging import RunLogger, silence_advertisements
 from ldm.training.pretrained import check_pretrained, load_pretrained
 from ldm.training.run_directory import RunDirectory
@@ -102,7 +102,7 @@ def _builds_vocabulary(node: dict[str, Any]) -> bool:
 
 def _kept_words(checkpoint: Path, node: dict[str, Any]) -> CLIPTokenizer:
     """The tokenizer of the checkpoint that is started from: its embeddings belong to its words."""
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["text_encoder"]
+    saved = read_config(checkpoint)["text_encoder"]
     node |= {k: saved[k] for k in ("vocab_size", "max_length") if k in saved and k in node}
     return load_tokenizer(checkpoint / "tokenizer")
 

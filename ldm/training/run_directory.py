@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,17 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
+
+
+@contextmanager
+def alone(outputs: str | Path, stage: str) -> Iterator[None]:
+    """One process at a time: arms of a sweep and ranks of a job wait, then find the result there."""
+    folder = Path(outputs) / "stages"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{stage}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}): give another outputs= folder.") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
