@@ -13,6 +13,7 @@ ROOMS = [
     "ldm.models",
     "ldm.autoencoders",
     "ldm.text",
+    "ldm.adapters",
     "ldm.pictures",
     "ldm.sampling",
     "ldm.data",
