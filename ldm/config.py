@@ -121,6 +121,7 @@ class Root:
     lr_scheduler: Any = group("train", "learning rate over steps")
     ema: Any = group("train", "averaged weights")
     masking: Any = group("train", "what an inpainting model learns to repaint")
+    adapter: Any = group("train", "what is trained beside a frozen model, one or several: adapter=[lora]")
     trainer: Any = group("train", "Lightning's Trainer: devices, precision, strategy")
     callbacks: Any = group("train", "what is watched, and how often")
     logger: Any = group("train", "W&B offline, online or none; metrics.jsonl is always written")

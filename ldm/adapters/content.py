@@ -36,13 +36,13 @@ class LowRank:
         )
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The layer's weight with the update in it, `strength` times, in float32."""
-        updated = weight.float() + strength * self.delta().float().reshape(weight.shape)
-        if self.magnitude is None:
-            return updated
-        rows = updated.flatten(1)
-        lengths = self.magnitude.float()[:, None] / rows.norm(dim=1, keepdim=True)
-        return (rows * lengths).reshape(weight.shape)
+        """The layer's weight with `strength` times the change in it, in float32."""
+        updated = weight.float() + self.delta().float().reshape(weight.shape)
+        if self.magnitude is not None:
+            rows = updated.flatten(1)
+            lengths = self.magnitude.float()[:, None] / rows.norm(dim=1, keepdim=True)
+            updated = (rows * lengths).reshape(weight.shape)
+        return updated if strength == 1 else torch.lerp(weight.float(), updated, strength)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +83,35 @@ class CLIPText(CLIPTokenized):
         assert states is not None
         return Condition(context=self.text_model.final_layer_norm(states[-1 - clip_skip]))
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.text_model.get_submodule("embeddings.token_embedding")  # type: ignore[return-value]
+
     def _run(self, ids: Tensor, output_hidden_states: bool = False) -> BaseModelOutputWithPooling:
         # Positions are given, because the module's own are a buffer that building on the meta device leaves empty.
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=output_hidden_states)
+        with self._looking_up(ids):
+            known = ids.where(ids < self.vocab_size, 0)
+            return self.text_model(input_ids=known, position_ids=positions, output_hidden_states=output_hidden_states)
+
+    @contextmanager
+    def _looking_up(self, ids: Tensor) -> Iterator[None]:
+        """Within the block new words' vectors stand where their ids do."""
+        if not self._words:
+            yield
+            return
+        vectors = torch.cat([v.to(ids.device) for v in self._words.values()])
+        new = (ids >= self.vocab_size)[..., None]
+        places = (ids - self.vocab_size).clamp(min=0)
+
+        def replaced(module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+            return torch.where(new, vectors[places].to(rows.dtype), rows)
+
+        handle = self.token_embedding.register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _accept_both_spellings(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

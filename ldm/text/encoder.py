@@ -72,6 +72,41 @@ class CLIPTokenized(TextEncoder):
         self._tokenizer_folder = tokenizer
         self._tokenizer: CLIPTokenizer | None = None
         self._warned = False
+        self._words: dict[str, Tensor] = {}  # new words and their vectors (n, width), in order
+        self._reads_words: CLIPTokenizer | None = None  # the tokenizer with the new words in it
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """A row for each token, (vocab_size, width)."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows for its tokens.")
+
+    def add_word(self, word: str, vectors: Tensor) -> None:
+        """`word` in a text stands for `vectors` (n, width) from now on; the tokenizer that is saved is not changed."""
+        if not word or any(c.isspace() for c in word):
+            raise ConfigError(f"'{word}' cannot be a new word: give one without blanks, like <new>.")
+        added = word.lower() in self._words
+        if added or len(self.tokens(word)) == 1:
+            known = "was added before" if added else "is an ordinary word of this model"
+            raise ConfigError(f"'{word}' {known}: what prompts mean by it would change. Give a new one, like <new>.")
+        self._words[word.lower()] = vectors
+        self._read_words()
+
+    def remove_word(self, word: str) -> None:
+        del self._words[word.lower()]
+        self._read_words()
+
+    def _read_words(self) -> None:
+        from ldm.text.tokenizer import with_words
+
+        self._reads_words = with_words(self.tokenizer, list(self._words)) if self._words else None
+
+    def _expanded(self, tokens: list[Token]) -> list[Token]:
+        """A new word's token as one for each of its vectors: rows that follow the embedding's own."""
+        rows, start = {}, self.vocab_size
+        for i, vectors in enumerate(self._words.values()):
+            rows[len(self.tokenizer) + i] = range(start, start + len(vectors))
+            start += len(vectors)
+        return [Token(row, t.start, t.end) for t in tokens for row in rows.get(t.id, (t.id,))]
 
     @property
     def has_tokenizer(self) -> bool:
@@ -114,7 +149,10 @@ class CLIPTokenized(TextEncoder):
     def tokenize(self, captions: list[str]) -> Tensor:
         from ldm.text.tokenizer import content, framed
 
-        rows = content(self.tokenizer, captions)
+        if self._words:
+            rows = [[token.id for token in self.tokens(caption)] for caption in captions]
+        else:
+            rows = content(self.tokenizer, captions)
         for caption, row in zip(captions, rows, strict=True):
             if len(row) > self.room:
                 self.warn_of_cut(caption)
@@ -129,7 +167,9 @@ class CLIPTokenized(TextEncoder):
         """All tokens of a text, however long, without the marks."""
         from ldm.text.tokenizer import located
 
-        return located(self.tokenizer, text)
+        if self._reads_words is None:
+            return located(self.tokenizer, text)
+        return self._expanded(located(self._reads_words, text))
 
     def frame(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """B rows of at most `room` token ids -> (B, L) on the CPU: each between its marks, and padded."""

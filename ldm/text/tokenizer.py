@@ -7,6 +7,7 @@ the merges are learnt here, because the trainer of `tokenizers` breaks ties diff
 
 from __future__ import annotations
 
+import copy
 import heapq
 import json
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -81,6 +83,16 @@ def located(tokenizer: CLIPTokenizer, text: str) -> list[Token]:
     """The same ids with the characters of the text that they stand for."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [Token(i, start, end) for i, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+
+def with_words(tokenizer: CLIPTokenizer, words: list[str]) -> CLIPTokenizer:
+    """A copy that takes each word for one token, with ids behind its own.
+
+    A word of letters counts only where it stands alone.
+    """
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens([AddedToken(word, single_word=word.isalnum(), normalized=True) for word in words])
+    return made
 
 
 def framed(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], max_length: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.adapters.adapter import Adapter
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
@@ -35,6 +36,7 @@ class Parts:
     autoencoder: Autoencoder
     denoiser: Denoiser | None = None
     text_encoder: TextEncoder | None = None
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # by the name of their node; attached
 
 
 def build_parts(config: Config, tokenizer: Path | None = None, device: str = "cpu") -> Parts:
@@ -98,13 +100,40 @@ def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
     module.load_state_dict(state)
 
 
+def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], source: Path | None = None) -> None:
+    """Builds the configured adapters onto parts that have their weights; filled from `states` where those hold them.
+
+    Their fresh tensors depend on the base: what an embedding begins as, how long DoRA's rows are.
+    """
+    nodes = config.get("adapter") or {}
+    strangers = sorted(states.keys() - nodes.keys() - {"unet", "vae", "text_encoder"})
+    if strangers:
+        raise ConfigError(
+            f"checkpoint={source} was trained with an adapter, {', '.join(strangers)}: add "
+            f"adapter=[{','.join(strangers)}] to go on with it, or merge it into the model first, task=merge."
+        )
+    if not nodes:
+        return
+    if parts.denoiser is None or parts.text_encoder is None:
+        raise ConfigError(f"adapter=[{','.join(nodes)}] belongs to module=latent_diffusion: leave it out here.")
+    assert isinstance(parts.denoiser.model, nn.Module)
+    for name, node in nodes.items():
+        adapter = build(node, f"adapter.{name}")
+        adapter.attach(parts.denoiser.model, parts.text_encoder)
+        if name in states:
+            fill(adapter, states[name], name, source or Path(name))
+        parts.adapters[name] = adapter
+
+
 def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, dict[str, Any], Path]:
     """Everything in a checkpoint folder (or the newest one of a run): parts, its configuration, the folder."""
     folder = find(checkpoint)
     config = read_config(folder)
     tokenizer = folder / "tokenizer"
     parts = build_parts(config, tokenizer if tokenizer.is_dir() else None)
-    fill_parts(parts, load_parts(folder, weights), folder)
+    states = load_parts(folder, weights)
+    fill_parts(parts, states, folder)
+    attach_adapters(config, parts, states, folder)
     return parts, config, folder
 
 
@@ -157,6 +186,7 @@ def build_module(config: Config, parts: Parts) -> TrainedModule:
         config["caption_dropout"],
         config["noises_per_image"],
         build(config.get("masking"), "masking"),
+        parts.adapters,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.adapters.adapter import Adapter
 from ldm.autoencoders.kl import Autoencoder
 from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.condition import Condition
@@ -36,7 +38,7 @@ _STANDARD_NORMAL = Gaussian(torch.zeros((), dtype=torch.float64), torch.ones((),
 class LatentDiffusion(TrainedModule):
     """x_t = alpha x0 + sigma eps on latents; the network learns a x0 + b eps under the caption's condition."""
 
-    parts = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}  # noqa: RUF012
+    parts: dict[str, str] = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class LatentDiffusion(TrainedModule):
         caption_dropout: float = 0.1,  # share of captions replaced by "", which guidance needs
         noises_per_image: int = 1,  # (t, eps) pairs for each encoded image
         masks: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
+        adapters: Mapping[str, Adapter] | None = None,  # attached; where there are some, they alone are trained
     ):
         super().__init__(recipe, draws)
         assert isinstance(denoiser.model, nn.Module)
@@ -57,7 +60,13 @@ class LatentDiffusion(TrainedModule):
         self.model = denoiser.model
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.text_encoder = text_encoder
-        if not text_encoder.trainable:
+        self.adapters = nn.ModuleDict(dict(adapters or {}))
+        self.parts = {**self.parts, **{name: f"adapters.{name}" for name in self.adapters}}
+        self.trains_text = text_encoder.trainable and not self.adapters
+        self.text_has_gradient = self.trains_text or any(a.changes_text for a in (adapters or {}).values())
+        if self.adapters:
+            self.model.requires_grad_(False)
+        if not self.trains_text:
             text_encoder.requires_grad_(False).eval()
         self.weighting, self.times = weighting, times
         self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
@@ -65,12 +74,16 @@ class LatentDiffusion(TrainedModule):
 
     @property
     def trained_parts(self) -> list[str]:
-        return ["unet", "text_encoder"] if self.text_encoder.trainable else ["unet"]
+        return list(self.adapters) or (["unet", "text_encoder"] if self.trains_text else ["unet"])
+
+    def learning_rates(self) -> dict[str, float]:
+        rates = {name: getattr(adapter, "lr", None) for name, adapter in self.adapters.items()}
+        return {f"adapters.{name}.": lr for name, lr in rates.items() if lr is not None}
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)
         self.autoencoder.eval()
-        if not self.text_encoder.trainable:
+        if not self.trains_text:
             self.text_encoder.eval()
         return self
 
@@ -109,7 +122,7 @@ class LatentDiffusion(TrainedModule):
         return torch.cat([F.interpolate(masks, size=latent.shape[-2:], mode="nearest"), latent], dim=1)
 
     def condition(self, captions: list[str]) -> Condition:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder.trainable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_has_gradient):
             return self.text_encoder.encode(captions)
 
     def loss(self, x0: Tensor, cond: Condition, t_draws: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

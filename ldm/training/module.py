@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import lightning as L
@@ -79,8 +80,14 @@ class TrainedModule(L.LightningModule):
         """Figures of a validation's result."""
         return {}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates other than the optimizer's: beginning of the parameters' names -> rate."""
+        return {}
+
     def configure_optimizers(self) -> Any:
         optimizer = self.recipe.optimizer(list(self.trained_parameters().items()))
+        for start, lr in self.learning_rates().items():
+            _set_rate(optimizer, {p for name, p in self.named_parameters() if name.startswith(start)}, lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -118,6 +125,19 @@ class TrainedModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.ema is not None:
             self.ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], lr: float) -> None:
+    """Gives some of an optimizer's parameters groups of their own, like their old ones but for the learning rate."""
+    for group in list(optimizer.param_groups):
+        chosen = [p in parameters for p in group["params"]]
+        if not any(chosen):
+            continue
+        names = [k for k in ("params", "param_names") if k in group]
+        optimizer.param_groups.append({**group, "lr": lr, **{k: [*compress(group[k], chosen)] for k in names}})
+        for k in names:
+            group[k] = [value for value, moved in zip(group[k], chosen, strict=True) if not moved]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def stepped(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -20,9 +20,9 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
-from ldm.training.assemble import Parts, build_module, build_parts, fill_parts, weight_seed
+from ldm.training.assemble import Parts, attach_adapters, build_module, build_parts, fill_parts, weight_seed
 from ldm.training.callbacks.saving import Checkpoints
-from ldm.training.checkpoints import FolderCheckpointIO, find, load_parts, newest, read_config, read_manifest
+from ldm.training.checkpoints import FolderCheckpointIO, State, find, load_parts, newest, read_config, read_manifest
 from ldm.training.logging import RunLogger, silence_advertisements
 from ldm.training.pretrained import check_pretrained, load_pretrained
 from ldm.training.run_directory import RunDirectory
@@ -77,7 +77,9 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     parts = build_parts(config)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
         parts.text_encoder.set_tokenizer(tokenizer)
-    load_pretrained(parts, _fill_from_checkpoints(parts, start, config))
+    states = _fill_from_checkpoints(parts, start, config)
+    load_pretrained(parts, set(states))
+    attach_adapters(config, parts, states, start.get("given"))
     return _fit(config, data, parts, directory)
 
 
@@ -157,7 +159,7 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
     reading = {k: config["data"][k] for k in ("image_size", "crop", "flip", "train_samples", "mode", "shuffle")}
     return {
         **{k: config[k] for k in IDENTITY[config["module"]]},
-        **({"masking": config["masking"]} if config.get("masking") else {}),
+        **{k: config[k] for k in ("masking", "adapter") if config.get(k)},
         "global_batch": config["batch_size"] * config["accumulate"] * world,
         "data": {"fingerprint": data.fingerprint, **reading},
         "precision": config["trainer"].get("precision"),
@@ -167,9 +169,9 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
     }
 
 
-def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> set[str]:
-    """Which parts were filled: vae, unet, text_encoder."""
-    filled: set[str] = set()
+def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> dict[str, State]:
+    """Fills the parts; returns the states of all that the checkpoints hold: vae, unet, text_encoder, adapters."""
+    filled: dict[str, State] = {}
     for kind, folder in start.items():
         states = load_parts(folder, config["weights"])
         if kind == "latents":
@@ -177,7 +179,7 @@ def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[st
         elif "latents" in start and "vae" in states:
             _check_same_autoencoder(start["latents"], folder)
         fill_parts(parts, states, folder)
-        filled |= states.keys()
+        filled |= states
     return filled
 
 

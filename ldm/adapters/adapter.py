@@ -1,0 +1,49 @@
+"""What every adapter is: small trained tensors beside a base that stays as it is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ldm.adapters.content import Content
+from ldm.text.encoder import TextEncoder
+
+
+class Adapter(nn.Module):
+    """Attached to a base, it changes what chosen layers read or give; its parameters are all that is trained.
+
+    Layers are changed by hooks, not replaced: the base keeps its weights and their names, so checkpoints, averages,
+    exports and merges of it need not know, and adapters combine in any order. (peft replaces layers, which renames the
+    base's weights and hides a layer's input from the next adapter.)
+
+    strength: how much of the change applies, 0 none, 1 all of it, as trained.
+    lr: the learning rate of its tensors; None: the optimizer's. Methods differ by a factor of 100 in what suits them.
+    """
+
+    kind: ClassVar[str]
+    changes_text: bool = False  # whether what the text encoder gives depends on it
+
+    def __init__(self, lr: float | None = None):
+        super().__init__()
+        self.lr = lr
+        self.strength = 1.0
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
+        """Makes its tensors, if it has none yet, from the base's layers and hooks them in; the base is not changed.
+
+        New tensors are such that the base gives what it gave before, bit for bit. ConfigError where it does not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be attached.")
+
+    def detach(self) -> None:
+        """The base gives again what it gave without it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def content(self) -> Content:
+        """Its tensors as files hold them."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved.")

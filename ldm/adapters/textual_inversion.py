@@ -1,0 +1,79 @@
+"""Textual inversion: new words whose vectors alone are learnt (Gal et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ldm.adapters.adapter import Adapter
+from ldm.adapters.content import Embedding
+from ldm.errors import ConfigError
+from ldm.text.encoder import CLIPTokenized, TextEncoder
+
+
+class TextualInversion(Adapter):
+    """`placeholder` in a prompt, a negative one too, stands for `num_vectors` learnt rows of the token embedding.
+
+    The text encoder's own rows are not touched. More vectors hold more, and leave the prompt fewer tokens.
+    """
+
+    kind = "textual_inversion"
+    changes_text = True
+
+    def __init__(
+        self,
+        placeholder: str = "<new>",  # what prompts call it; no ordinary word of the model's
+        initial_text: str = "*",  # the vectors begin as its tokens'
+        num_vectors: int = 1,
+        lr: float | None = None,
+    ):
+        super().__init__(lr)
+        if num_vectors < 1:
+            raise ConfigError(f"adapter.textual_inversion.num_vectors={num_vectors}: must be at least 1.")
+        self.placeholder, self.initial_text, self.num_vectors = placeholder, initial_text, num_vectors
+        self.vectors: nn.Parameter | None = None  # (n, width)
+        self._text_encoder: list[CLIPTokenized] = []  # in a list: it is no part of this module
+
+    @classmethod
+    def of(cls, content: Embedding) -> TextualInversion:
+        """The words that a file holds."""
+        if content.token is None:
+            raise ConfigError("the embedding's file does not say its word: give token=, the word that prompts use.")
+        made = cls(content.token, num_vectors=len(content.vectors))
+        made.vectors = nn.Parameter(content.vectors.detach().float())
+        return made
+
+    def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
+        if not isinstance(text_encoder, CLIPTokenized):
+            raise ConfigError(
+                f"textual inversion needs a text encoder that reads words, not {type(text_encoder).__name__}."
+            )
+        rows = text_encoder.token_embedding.weight
+        if self.vectors is None:
+            self.vectors = nn.Parameter(self._first_vectors(text_encoder).to(rows.device, torch.float32))
+        if self.vectors.shape[1] != rows.shape[1]:
+            raise ConfigError(
+                f"the embedding {self.placeholder} is {self.vectors.shape[1]} numbers wide, this model's words are "
+                f"{rows.shape[1]} (Stable Diffusion 1: 768, 2: 1024): load the base that it was trained on."
+            )
+        text_encoder.add_word(self.placeholder, self.vectors)
+        self._text_encoder = [text_encoder]
+
+    def detach(self) -> None:
+        for text_encoder in self._text_encoder:
+            text_encoder.remove_word(self.placeholder)
+        self._text_encoder = []
+
+    def _first_vectors(self, text_encoder: CLIPTokenized) -> torch.Tensor:  # -> (n, width)
+        ids = [token.id for token in text_encoder.tokens(self.initial_text)]
+        if not ids:
+            raise ConfigError(
+                f"adapter.textual_inversion.initial_text={self.initial_text!r} has no tokens: give a word or two that "
+                "come near, or * for none in particular."
+            )
+        chosen = [ids[i * len(ids) // self.num_vectors] for i in range(self.num_vectors)]
+        return text_encoder.token_embedding.weight.detach()[chosen]
+
+    def content(self) -> Embedding:
+        assert self.vectors is not None
+        return Embedding(self.placeholder, self.vectors.detach())
