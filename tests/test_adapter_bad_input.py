@@ -149,6 +149,7 @@ HYPERNETWORKS = [
     (hypernetwork(layer_structure=[2, 1]), "does not begin and end with 1"),
     (hypernetwork(layer_structure="long"), "its settings cannot be read"),
     (hypernetwork(layer_structure=[1, 2, 1], dropout_structure=[0.1]), "does not fit layer_structure"),
+    (hypernetwork(layer_structure=[1, float("inf"), 1]), "its settings cannot be read"),
     (hypernetwork(step="many"), "its settings cannot be read"),
     ({**hypernetwork(), 64: ONE}, "64 is no pair of networks"),
     ({320: ({"linear.0.weight": 7}, {})}, "is a int, not a tensor"),
@@ -163,7 +164,7 @@ def test_damaged_hypernetworks_are_refused(tmp_path, content, sentence):
         read_adapter(tmp_path / "x.pt")
 
 
-def test_files_that_are_damaged_or_none_are_named(tmp_path):
+def test_files_that_are_damaged_or_none_are_named(tmp_path, monkeypatch):
     write_adapter(random_lora(BASE, layers=".*"), tmp_path / "x.safetensors", "kohya")
     torch.save(kohya(), tmp_path / "x.pt")
     for name in ("x.safetensors", "x.pt"):
@@ -182,10 +183,14 @@ def test_files_that_are_damaged_or_none_are_named(tmp_path):
         ("none.pt", "holds nothing at all"),
         ("folder", r"holds no adapter: it has none of adapter_model\.safetensors"),
         ("whole", "is a whole pipeline .*, not an adapter"),
+        ("nothing", "there is nothing at this path"),
         ("nothing.pt", "there is nothing at this path"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             read_adapter(tmp_path / name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="adapter=nobody/nothing is not a folder here, and cannot be fetched"):
+        read_adapter("nobody/nothing")
 
 
 def test_code_in_an_adapter_is_not_run(tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from adapter_files import EVERYWHERE, assert_same_lora, random_hypernetwork, random_lora, sequence, weights
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
+from format_checks import hub_copy
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -71,7 +73,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("format", "options"), CASES, ids=["kohya", "peft", "peft-dora"])
 def test_diffusers_loads_what_is_written(tmp_path, pipelines, bases, name, format, options):
     lora = random_lora(bases[name], **options)
@@ -88,7 +90,7 @@ def test_diffusers_loads_what_is_written(tmp_path, pipelines, bases, name, forma
 def test_what_peft_and_diffusers_write_is_read(tmp_path, pipelines, bases, settings):
     pipeline = pipelines("sd1")
     torch.manual_seed(0)
-    layers = ["to_k", "to_out.0", "proj_in", "conv1", "ff.net.2"]
+    layers = ["attn1.to_k", "attn2.to_out.0", "proj_in", "resnets.0.conv1"]
     patterns = {"rank_pattern": {"conv1": 2}, "alpha_pattern": {"^mid_block.resnets.0.conv1": 7, "to_out.0": 3}}
     pipeline.unet.add_adapter(
         LoraConfig(r=4, lora_alpha=6, target_modules=layers, init_lora_weights=False, **patterns, **settings)
@@ -143,6 +145,15 @@ def test_a_folder_of_peft_is_read(tmp_path, bases, part, tops):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
     assert_same_lora(lora, read_adapter(tmp_path, bases["sd1"]))
+
+
+def test_a_hub_id_is_read_from_its_cache(tmp_path, bases, monkeypatch):
+    lora = random_lora(bases["sd1"])
+    write_adapter(lora, tmp_path / "folder/pytorch_lora_weights.safetensors", "peft")
+    hub_copy(tmp_path, "somebody/cats", tmp_path / "folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert adapter_kind("somebody/cats") == "lora"
+    assert_same_lora(lora, read_adapter("somebody/cats", bases["sd1"]))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])

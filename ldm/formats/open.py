@@ -38,7 +38,7 @@ def load_nested(path: Path) -> dict[Any, Any]:
     """What a file holds, nested as it is: tensors, numbers and texts in dicts, lists and tuples. Errors as `load`'s."""
     if _is_safetensors(path):
         return dict(_safetensors(path).tensors)
-    return {k: v.tensors if isinstance(v, Parameters) else v for k, v in _unpickled(path).items()}
+    return {k: vars(v).get("tensors", {}) if isinstance(v, Parameters) else v for k, v in _unpickled(path).items()}
 
 
 def _is_safetensors(path: Path) -> bool:

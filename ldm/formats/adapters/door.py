@@ -36,7 +36,7 @@ def adapter_kind(path: str | Path) -> AdapterKind:
 def read_adapter(path: str | Path, names: Collection[str] | None = None, token: str | None = None) -> Content:
     """An adapter of any program in our names, its tensors in float32, complete or refused.
 
-    path: a .safetensors, .pt or .bin file, or a folder that diffusers or peft wrote.
+    path: a .safetensors, .pt or .bin file, a folder that diffusers or peft wrote, or a hub id of one.
     names: the base's weights ("unet.conv_in.weight"): what a LoRA changes must be among them, and the paths in which
     kohya's files keep no dots are found by them. None: Stable Diffusion's words stand in, and nothing is checked.
     token: what an embedding is to be called; None: what its file says, else the file's name.

@@ -27,7 +27,7 @@ def read(content: Mapping[Any, Any], file: Path) -> HypernetworkTensors:
         found = _settings(content, file)
         widths = sorted(key for key in content if isinstance(key, int) and not isinstance(key, bool))
         wanted = {width: shapes(found, width) for width in widths}
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise ConfigError(f"{file}: its settings cannot be read ({error}): it is damaged. Fetch it again.") from error
     for width in widths:
         pair = content[width]
@@ -84,7 +84,7 @@ def _settings(content: Mapping[Any, Any], file: Path) -> HypernetworkTensors:
     dropout = content.get("dropout_structure")
     if dropout is None and content.get("use_dropout"):
         after_last = _DROPOUT if content.get("last_layer_dropout") else 0.0
-        dropout = [0.0, *[_DROPOUT] * (len(structure) - 3), after_last, 0.0][-len(structure) :]
+        dropout = [0.0, *[_DROPOUT] * (len(structure) - 3), after_last, 0.0][: len(structure)]
     dropout = None if dropout is None or not any(dropout) else [float(x) for x in dropout]
     if dropout is not None and (len(dropout) != len(structure) or not all(0 <= x < 1 for x in dropout)):
         raise ValueError(f"dropout_structure {dropout} does not fit layer_structure {structure}")

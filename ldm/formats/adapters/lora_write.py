@@ -19,7 +19,10 @@ _BASES = {768: "sd_v1", 1024: "sd_v2"}  # width of the text -> kohya's name of t
 
 
 def kohya(content: Lora, path: Path) -> Packed:
-    """kohya's tensors and metadata; DoRA's lengths as LyCORIS keeps them, one for each output."""
+    """kohya's tensors and metadata; DoRA's lengths as LyCORIS keeps them, one for each output.
+
+    Where alphas differ by layer, or for DoRA, diffusers 0.42 reads this layout wrongly: write peft's for it.
+    """
     _check(content, "kohya")
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
