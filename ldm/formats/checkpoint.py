@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +15,7 @@ from ldm.formats.diffusers_folder import Described
 from ldm.formats.kinds import Kind
 from ldm.formats.match import architecture, carries, expected, match, settings
 from ldm.formats.open import load
+from ldm.formats.whole import written_whole
 
 __all__ = ["DTYPES", "FORMATS", "Checkpoint", "kind", "read", "write"]
 
@@ -72,7 +70,7 @@ def write(checkpoint: Checkpoint, path: str | Path, format: str, dtype: str = "f
         raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
     _check(checkpoint, format)
     if format == "diffusers":
-        with _under_another_name(path) as part:
+        with written_whole(path) as part:
             diffusers_folder.write(checkpoint, part, DTYPES[dtype])
     else:
         _write_compvis(checkpoint, path, DTYPES[dtype])
@@ -89,7 +87,7 @@ def _write_compvis(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
             "others. Give a name that ends in .safetensors, or format=diffusers."
         )
     stored = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in tensors.items()}
-    with _under_another_name(path) as part:
+    with written_whole(path) as part:
         if path.suffix == ".ckpt":
             torch.save({"state_dict": stored} | ({} if step is None else {"global_step": step}), part)
         else:
@@ -181,23 +179,3 @@ def _published_words(checkpoint: Checkpoint) -> Path | None:
     except ConfigError as error:
         warnings.warn(f"the checkpoint has no tokenizer: {error}", stacklevel=3)
         return None
-
-
-@contextmanager
-def _under_another_name(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at `path`: renamed when it is whole, removed when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    _remove(part)
-    try:
-        yield part
-        part.rename(path)
-    finally:
-        _remove(part)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

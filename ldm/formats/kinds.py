@@ -30,8 +30,13 @@ _FOLDERS: dict[str, Kind] = {
     "CLIPTextModelWithProjection": "text_encoder",
     "CLIPModel": "text_encoder",
 }
-_LORA = re.compile(r".*\.(lora_down|lora_up|lora_A|lora_B|down|up)\.(\w+\.)?weight|.*\.(hada_w1_a|lokr_w1|dora_scale)")
-_ADAPTER = "is an adapter, not a checkpoint: give the checkpoint that it belongs to, and this file as an adapter of it."
+_LORA = re.compile(
+    r".*\.(lora_down|lora_up|lora_mid|lora_A|lora_B|down|up)\.(\w+\.)?weight|.*\.(hada_w1_a|lokr_w1|dora_scale)"
+)
+_ADAPTER = (
+    "is an adapter, not a checkpoint: give the checkpoint that it belongs to, and this file as an adapter of it "
+    "(adapters=[PATH:0.8], or pipe.load_adapter(PATH) in Python)."
+)
 # What names are tried for, in this order, and why such a file is not read as a checkpoint ("": it is).
 _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
     (
@@ -40,11 +45,11 @@ _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
         f"a LoRA: it {_ADAPTER}",
     ),
     (
-        re.compile(r"string_to_param|emb_params|clip_[lg]$|<[^>]+>$").match,
+        re.compile(r"string_to_param|em[bp]_params|clip_[lg]$|<[^>]+>$").match,
         "textual_inversion",
         f"an embedding: it {_ADAPTER}",
     ),
-    (re.compile(r"\d{3,4}$").match, "hypernetwork", f"a hypernetwork: it {_ADAPTER}"),
+    (re.compile(r"\d{1,4}$").match, "hypernetwork", f"a hypernetwork: it {_ADAPTER}"),
     (
         re.compile(r"control_model\.|controlnet_|input_hint_block\.").match,
         "other",

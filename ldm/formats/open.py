@@ -6,7 +6,7 @@ Files are told apart by their first bytes, never by their names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,14 +31,26 @@ class Opened:
 
 def load(path: Path) -> Opened:
     """Opens a .safetensors, .ckpt, .pt or .bin file. ConfigError for anything that is damaged or would run code."""
+    return _safetensors(path) if _is_safetensors(path) else _torch(path)
+
+
+def load_nested(path: Path) -> dict[Any, Any]:
+    """What a file holds, nested as it is: tensors, numbers and texts in dicts, lists and tuples. Errors as `load`'s."""
+    if _is_safetensors(path):
+        return dict(_safetensors(path).tensors)
+    return {k: vars(v).get("tensors", {}) if isinstance(v, Parameters) else v for k, v in _unpickled(path).items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors, else torch's; ConfigError for files of any other kind."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
         raise ConfigError(f"{path} is empty: fetch it again.")
     if start[8:9] == b"{":
-        return _safetensors(path, int.from_bytes(start[:8], "little"))
+        return True
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return _torch(path)
+        return False
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:16]):
         line = start.decode("latin-1").splitlines()[0]
         raise ConfigError(
@@ -55,7 +67,9 @@ def float32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def _safetensors(path: Path, header: int) -> Opened:
+def _safetensors(path: Path) -> Opened:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
     if 8 + header > path.stat().st_size:
         raise ConfigError(f"{path} was cut short: its header alone is longer than the file. Fetch it again.")
     try:
@@ -89,9 +103,22 @@ class Inert:
         pass
 
 
-def _torch(path: Path) -> Opened:
+class Parameters:
+    """Stands for torch's ParameterDict, in which the first embeddings keep their vectors: the tensors in it."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.tensors = dict(state["_parameters"])
+
+
+_STANDING_IN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (Parameters, "torch.nn.modules.container.ParameterDict"),
+    *((Inert, name) for name in _MENTIONED),
+]
+
+
+def _unpickled(path: Path) -> Mapping[Any, Any]:
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in _MENTIONED]):
+        with torch.serialization.safe_globals(_STANDING_IN):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
@@ -105,6 +132,11 @@ def _torch(path: Path) -> Opened:
         raise ConfigError(f"{path} was cut short or is damaged. Fetch it again.") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not named tensors: it is no checkpoint.")
+    return content
+
+
+def _torch(path: Path) -> Opened:
+    content = _unpickled(path)
     step = content.get("global_step")
     top = tuple(str(name) for name in content)
     while isinstance(content.get("state_dict"), Mapping):

@@ -1,0 +1,5 @@
+"""Other people's adapters, in and out: `read_adapter`, `write_adapter`, and `adapter_kind` of a path."""
+
+from ldm.formats.adapters.door import FORMATS, AdapterKind, adapter_kind, read_adapter, write_adapter
+
+__all__ = ["FORMATS", "AdapterKind", "adapter_kind", "read_adapter", "write_adapter"]
