@@ -95,6 +95,9 @@ class Root:
     chunked: bool = key(False, "sample", "read prompts longer than the text encoder's in pieces, instead of cutting")
     prompt_weights: bool = key(False, "sample", "(word:1.3), (word) and [word] weigh words")
     tiling: bool = key(False, "sample", "the autoencoder works in tiles, for pictures larger than memory")
+    adapters: Any = key(
+        None, "sample", "LoRAs, embeddings, hypernetworks and runs of ours on the model: [PATH,PATH:0.8] with weights"
+    )
     film_strip: bool = key(False, "sample", "also draw every step's latent above its jump to x0")
     animation: bool = key(False, "sample", "also write the jumps to x0 as a GIF")
     eval_images: int = key(256, "train evaluate", "generated pictures per half of the score")

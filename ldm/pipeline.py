@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.adapters.adapter import Adapter
 from ldm.build import build, read_node
 from ldm.config import conf_dir, nearest
 from ldm.data.transforms import to_rgb
@@ -22,6 +24,7 @@ from ldm.formats import schedulers
 from ldm.pictures import from_pil, to_pil
 from ldm.sampling import Request, Sampler
 from ldm.text.prompts import Prompts
+from ldm.training.adapters import load_adapters
 from ldm.training.assemble import Parts
 from ldm.training.loading import Loaded, load_any, save_any
 
@@ -44,6 +47,7 @@ class Pipeline:
         scheduler_config: dict[str, Any] | None = None,  # diffusers', of published checkpoints
     ):
         self.sampler, self.config, self.folder, self.scheduler_config = sampler, config, folder, scheduler_config
+        self.adapters: dict[str, Adapter] = {}  # attached, by what they were loaded from
         self._named: dict[str, Solver | None] = {}  # building one from its YAML takes as long as many steps' arithmetic
 
     @classmethod
@@ -64,7 +68,29 @@ class Pipeline:
             assert isinstance(module, torch.nn.Module)
             module.eval().requires_grad_(False)
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
-        return cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
+        made = cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
+        made.adapters = dict(parts.adapters)
+        for adapter in made.adapters.values():
+            adapter.eval().requires_grad_(False)
+        return made
+
+    def load_adapter(self, path: str | Path, weight: float = 1.0, token: str | None = None) -> None:
+        """Attaches a LoRA, a textual inversion or a hypernetwork: a file in anybody's layout, or a run of ours.
+
+        weight: how much of it, 1 as trained; token: the word of an embedding whose file does not say it. Several can be
+        attached, in any order. ConfigError when it cannot be read or belongs to another base; nothing is attached then.
+        """
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"weight={weight!r}: must be a number; 1 is the adapter as it was trained.")
+        for adapter in load_adapters(path, self._parts(), weight, token):
+            name = f"{path}" if f"{path}" not in self.adapters else f"{path} ({len(self.adapters)})"
+            self.adapters[name] = adapter
+
+    def unload_adapters(self) -> None:
+        """Takes all adapters off: the base draws again what it drew before."""
+        for adapter in self.adapters.values():
+            adapter.detach()
+        self.adapters = {}
 
     @property
     def image_size(self) -> int:
@@ -73,7 +99,9 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Moves all modules; noise is drawn on the CPU wherever they are."""
-        for module in (self.sampler.autoencoder, self.sampler.text_encoder, self.sampler.denoiser.model):
+        parts = (self.sampler.autoencoder, self.sampler.text_encoder, self.sampler.denoiser.model)
+        modules: list[Any] = [*parts, *self.adapters.values()]
+        for module in modules:
             module.to(device)  # type: ignore[union-attr]
         return self
 
@@ -183,11 +211,13 @@ class Pipeline:
     def save(self, path: str | Path, format: str = "ldm", dtype: str = "float32") -> None:
         """Writes the model as "ldm" (a checkpoint folder), "diffusers" (a folder) or "compvis" (.safetensors, .ckpt).
 
-        ConfigError for what the format cannot carry, and for a path that exists.
+        LoRAs are worked into its weights. ConfigError for what the format cannot carry, and for a path that exists.
         """
+        save_any(Loaded(self._parts(), self.config, self.folder, self.scheduler_config), path, format, dtype)
+
+    def _parts(self) -> Parts:
         sampler = self.sampler
-        parts = Parts(sampler.autoencoder, sampler.denoiser, sampler.text_encoder)
-        save_any(Loaded(parts, self.config, self.folder, self.scheduler_config), path, format, dtype)
+        return Parts(sampler.autoencoder, sampler.denoiser, sampler.text_encoder, self.adapters)
 
     def _complete(self, guider: Guider, text: Prompts, prompts: list[str]) -> Guider:
         """Autoguidance gets the second model that it names."""

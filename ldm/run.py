@@ -16,8 +16,10 @@ from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
-TEXT_KEYS = ("prompt", "negative_prompt")
+TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt")
+TEXT_KEYS += ("adapter.textual_inversion.placeholder", "adapter.textual_inversion.initial_text")
 PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask")
+PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
 
 
 def main() -> None:
@@ -120,12 +122,20 @@ def _arm(sweep: Path | None, overrides: list[str]) -> Path | None:
 def quoted(argument: str, multirun: bool) -> str:
     """`key=text` with the text quoted for Hydra's grammar, for the keys that hold free text or a path."""
     key, separator, value = argument.partition("=")
+    if key in PATH_LIST_KEYS and not multirun and value not in ("", "null"):
+        items = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+        paths = [item.strip().strip("\"'") for item in items]
+        return f"{key}=[{','.join(_in_quotes(path) for path in paths if path)}]"
     if not separator or key not in (*TEXT_KEYS, *(() if multirun else PATH_KEYS)) or value in ("", "null"):
         return argument
+    return f"{key}={_in_quotes(value)}"
+
+
+def _in_quotes(text: str) -> str:
     # In Hydra's quotes only \" and the backslashes right before it are special; ${ would be an interpolation.
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
-    return f'{key}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> None:

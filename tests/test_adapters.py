@@ -20,7 +20,6 @@ from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.prompts import Prompts
 
-
 WORDS = tokenizer(1)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.adapters.content import Content
+from ldm.errors import ConfigError
 from ldm.text.encoder import TextEncoder
 
 
@@ -20,14 +23,18 @@ class Adapter(nn.Module):
 
     strength: how much of the change applies, 0 none, 1 all of it, as trained.
     lr: the learning rate of its tensors; None: the optimizer's. Methods differ by a factor of 100 in what suits them.
+    format: of the file that leaves when training ends, one of `formats`.
     """
 
     kind: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]  # that its file can have; the first is the usual one
     changes_text: bool = False  # whether what the text encoder gives depends on it
 
-    def __init__(self, lr: float | None = None):
+    def __init__(self, lr: float | None = None, format: str | None = None):
         super().__init__()
-        self.lr = lr
+        if format not in (None, *self.formats):
+            raise ConfigError(f"adapter.{self.kind}.format={format}: choose one of {', '.join(self.formats)}.")
+        self.lr, self.format = lr, format or self.formats[0]
         self.strength = 1.0
         self._handles: list[RemovableHandle] = []
 
@@ -43,6 +50,15 @@ class Adapter(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """Within the block it is as if it were not attached."""
+        strength, self.strength = self.strength, 0.0
+        try:
+            yield
+        finally:
+            self.strength = strength
 
     def content(self) -> Content:
         """Its tensors as files hold them."""

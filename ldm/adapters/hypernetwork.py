@@ -38,6 +38,7 @@ class Hypernetwork(Adapter):
     """
 
     kind = "hypernetwork"
+    formats = ("a1111",)
 
     def __init__(
         self,
@@ -48,8 +49,9 @@ class Hypernetwork(Adapter):
         activate_output: bool = False,  # activation, norm and dropout after the last layer, too
         dropout: Sequence[float] | None = None,  # probabilities after each width of `structure`; first and last are 0
         lr: float | None = None,
+        format: str | None = None,
     ):
-        super().__init__(lr)
+        super().__init__(lr, format)
         _check(structure, activation, dropout)
         self.widths, self.structure, self.activation = widths, [float(s) for s in structure], activation
         self.layer_norm, self.activate_output = layer_norm, activate_output

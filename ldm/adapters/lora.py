@@ -25,6 +25,7 @@ class LoRA(Adapter):
     """
 
     kind = "lora"
+    formats = ("kohya", "peft")
 
     def __init__(
         self,
@@ -35,8 +36,9 @@ class LoRA(Adapter):
         text_encoder: bool = False,  # true: layers of the text encoder, too
         dora: bool = False,  # rows of the weights are turned by the update, their lengths learnt beside it
         lr: float | None = None,
+        format: str | None = None,
     ):
-        super().__init__(lr)
+        super().__init__(lr, format)
         if rank < 1:
             raise ConfigError(f"adapter.lora.rank={rank}: must be at least 1; 4 to 128 are usual.")
         if layers not in ("attention", "transformer", "all"):

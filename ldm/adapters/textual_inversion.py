@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -18,6 +21,7 @@ class TextualInversion(Adapter):
     """
 
     kind = "textual_inversion"
+    formats = ("diffusers", "a1111")
     changes_text = True
 
     def __init__(
@@ -26,8 +30,9 @@ class TextualInversion(Adapter):
         initial_text: str = "*",  # the vectors begin as its tokens'
         num_vectors: int = 1,
         lr: float | None = None,
+        format: str | None = None,
     ):
-        super().__init__(lr)
+        super().__init__(lr, format)
         if num_vectors < 1:
             raise ConfigError(f"adapter.textual_inversion.num_vectors={num_vectors}: must be at least 1.")
         self.placeholder, self.initial_text, self.num_vectors = placeholder, initial_text, num_vectors
@@ -63,6 +68,16 @@ class TextualInversion(Adapter):
         for text_encoder in self._text_encoder:
             text_encoder.remove_word(self.placeholder)
         self._text_encoder = []
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        attached = list(self._text_encoder)
+        self.detach()
+        try:
+            yield
+        finally:
+            for text_encoder in attached:
+                self.attach(nn.Module(), text_encoder)
 
     def _first_vectors(self, text_encoder: CLIPTokenized) -> torch.Tensor:  # -> (n, width)
         ids = [token.id for token in text_encoder.tokens(self.initial_text)]

@@ -1,4 +1,4 @@
-"""task=convert: a checkpoint from any layout into another."""
+"""task=convert: a checkpoint from any layout into another, or an adapter."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from omegaconf import DictConfig
 
 from ldm.config import check
 from ldm.errors import ConfigError
+from ldm.training.adapters import ADAPTER_FORMATS, convert_adapter, is_adapter
 from ldm.training.loading import FORMATS, check_target, load_any, save_any
 
 
 def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Reads checkpoint=, writes output= in format=; the suffix of a compvis file chooses .safetensors or .ckpt."""
     check(config)
-    for key, example in (("checkpoint", "outputs/mine"), ("format", "|".join(FORMATS)), ("output", "PATH")):
+    for key, example in (
+        ("checkpoint", "outputs/mine"),
+        ("format", "|".join((*FORMATS, *ADAPTER_FORMATS))),
+        ("output", "PATH"),
+    ):
         if not config[key]:
             raise ConfigError(f"task=convert needs {key}=, for example {key}={example}.")
+    if is_adapter(config.checkpoint) or config.format in ADAPTER_FORMATS:
+        convert_adapter(config.checkpoint, Path(config.output), config.format, config.dtype)
+        print(f"converted: {config.output}")
+        return {}
     check_target(Path(config.output), config.format)  # before gigabytes are read
     save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
     print(f"converted: {config.output}")

@@ -19,7 +19,7 @@ from ldm.errors import ConfigError
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
-from ldm.training.checkpoints import run_of
+from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
 ASKED = (
@@ -37,6 +37,8 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         raise ConfigError("task=sample needs checkpoint=RUN, for example checkpoint=outputs/mine.")
     prompts = _prompts(config)
     pipe = Pipeline.load(config.checkpoint, config.config, config.weights)
+    for path, weight in _adapters(config):
+        pipe.load_adapter(path, weight)
     if torch.cuda.is_available():
         pipe.to("cuda")
     request = _request(pipe, config, prompts)
@@ -66,6 +68,28 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         jumps[0].save(output / "animation.gif", save_all=True, append_images=jumps[1:], duration=pauses, loop=0)
     print(f"pictures: {output}")
     return {"images": float(len(images))}
+
+
+def _adapters(config: DictConfig) -> list[tuple[str, float]]:
+    """adapters=, as paths and weights."""
+    given = plain(config)["adapters"] or []
+    return [split_weight(item) for item in (given if isinstance(given, list) else [given])]
+
+
+def _fingerprint(path: str) -> str:
+    """Of an adapter's file, or of a run's newest state."""
+    place = Path(path).expanduser()
+    file = place if place.is_file() else find(place) / "manifest.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def split_weight(given: Any) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT."""
+    path, colon, weight = str(given).rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (str(given), 1.0)
+    except ValueError:  # the colon is the path's own
+        return str(given), 1.0
 
 
 def _prompts(config: DictConfig) -> list[str]:
@@ -102,6 +126,7 @@ def _default_output(config: DictConfig, pipe: Pipeline, request: Request) -> Pat
     asked = {key: config[key] for key in (*ASKED, "seed", "weights")} | {g: plain(config[g]) for g in GROUPS}
     asked |= {"prompts": list(request.prompts), "negative_prompt": config.negative_prompt}
     asked |= {key: hashlib.sha256(Path(config[key]).read_bytes()).hexdigest() for key in PICTURES if config[key]}
+    asked |= {f"adapter {i}": f"{_fingerprint(path)}:{weight}" for i, (path, weight) in enumerate(_adapters(config))}
     run = run_of(pipe.folder)
     if not (pipe.folder / "manifest.json").is_file():  # other people's checkpoints are left as they are
         run = Path(config.outputs)
@@ -125,6 +150,7 @@ def _recipe(config: DictConfig, pipe: Pipeline, request: Request, i: int) -> dic
         "seed": seeds[0] if len(seeds) == 1 else seeds,
         **{key: config[key] for key in ASKED},
         **{key: _absolute(config[key]) for key in PICTURES},
+        "adapters": [f"{_absolute(path)}:{weight:g}" for path, weight in _adapters(config)],
         "num_images": len(request.prompts) if together else 1,
         "position": i if together else 0,
         "height": request.height,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
+from ldm.training.adapters import save_adapters
 from ldm.training.assemble import DIFFUSION_NODES, build_parts
-from ldm.training.checkpoints import folder_name
+from ldm.training.callbacks.saving import Interrupted
+from ldm.training.checkpoints import folder_name, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
@@ -33,10 +36,7 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if config.stages:
         return Stages(config, arm).run()
     build_parts(plain(config), device="meta")
-    finished = train_run(plain(config), lambda digest: _directory(config, digest, arm))
-    _say(finished)
-    _export(config, finished)
-    return finished.metrics
+    return _trained(config, plain(config), arm).metrics
 
 
 def start_from_any_layout(config: DictConfig) -> None:
@@ -61,18 +61,38 @@ def start_from_any_layout(config: DictConfig) -> None:
         config[name] = nodes[name]
 
 
-def _export(config: DictConfig, finished: Finished) -> None:
-    """The finished model in another format, beside its checkpoints; a refusal is printed, not raised."""
-    if not config.export or int(os.environ.get("RANK", 0)) > 0:
+def _trained(config: DictConfig, values: dict[str, Any], arm: Path | None) -> Finished:
+    """One run, and what leaves it; also when a signal ends it before its last step."""
+    try:
+        finished = train_run(values, lambda digest: _directory(config, digest, arm))
+    except Interrupted as stop:
+        _export(config, stop.folder)
+        raise
+    _say(finished)
+    _export(config, finished.path / "checkpoints" / folder_name(finished.step))
+    return finished
+
+
+def _export(config: DictConfig, checkpoint: Path) -> None:
+    """The run's adapters, else its whole model, in export/; a refusal is printed, not raised. Older exports go."""
+    if not config.export or config.module != "latent_diffusion" or int(os.environ.get("RANK", 0)) > 0:
         return
-    name = f"{folder_name(finished.step)}" + (".safetensors" if config.export == "compvis" else "")
-    target = finished.path / "export" / name
+    run = run_of(checkpoint)
+    whole = not config.adapter and config.export == "compvis"
+    target = run / "export" / (checkpoint.name + (".safetensors" if whole else ""))
     try:
         if not target.exists():
-            save_any(load_any(finished.path), target, config.export)
-        print(f"export: {target}")
+            loaded = load_any(checkpoint)
+            if loaded.parts.adapters:
+                save_adapters(loaded.parts.adapters, target, run.name)
+            else:
+                save_any(loaded, target, config.export)
+        for older in set(target.parent.iterdir()) - {target}:
+            shutil.rmtree(older) if older.is_dir() else older.unlink()
+        for path in sorted(target.iterdir()) if config.adapter else [target]:
+            print(f"export: {path}")
     except ConfigError as error:
-        print(f"not exported: {error} Later: python -m ldm.run task=convert checkpoint={finished.path} format= output=")
+        print(f"not exported: {error} Later: python -m ldm.run task=convert checkpoint={run} format= output=")
 
 
 def _directory(config: DictConfig, digest: str, arm: Path | None) -> Path:
@@ -161,12 +181,10 @@ class Stages:
         return {}
 
     def diffusion(self, values: dict[str, Any]) -> dict[str, float]:
-        finished = train_run(values, lambda digest: _directory(self.config, digest, self.arm))
-        _say(finished)
+        finished = _trained(self.config, values, self.arm)
         self.found["checkpoint"] = str(finished.path)
         self.run_directory = finished.path
         self.made["diffusion"] = {"path": str(finished.path), "step": finished.step}
-        _export(self.config, finished)
         return finished.metrics
 
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +80,15 @@ class LatentDiffusion(TrainedModule):
     def learning_rates(self) -> dict[str, float]:
         rates = {name: getattr(adapter, "lr", None) for name, adapter in self.adapters.items()}
         return {f"adapters.{name}.": lr for name, lr in rates.items() if lr is not None}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within the block the model is its base."""
+        with ExitStack() as stack:
+            for adapter in self.adapters.values():
+                assert isinstance(adapter, Adapter)
+                stack.enter_context(adapter.absent())
+            yield
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)

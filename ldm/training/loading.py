@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
+from ldm.training.adapters import merged_states
 from ldm.training.assemble import DIFFUSION_NODES, Parts, build_parts, fill_parts, load_trained
 from ldm.training.checkpoints import Content, find, read_config, write
 from ldm.training.run_directory import alone
@@ -111,11 +111,8 @@ def check_target(path: Path, format: str) -> None:
 
 def _save(loaded: Loaded, path: Path, format: str, dtype: str) -> None:
     parts, config = loaded.parts, loaded.config
-    modules: dict[str, nn.Module] = {"vae": parts.autoencoder}
-    if parts.denoiser is not None and parts.text_encoder is not None:
-        assert isinstance(parts.denoiser.model, nn.Module)
-        modules |= {"unet": parts.denoiser.model, "text_encoder": parts.text_encoder}
-    states = {part: dict(module.state_dict()) for part, module in modules.items()}
+    states = merged_states(parts)
+    config = {k: v for k, v in config.items() if k != "adapter"}
     if format == "ldm":
         if dtype != "float32":
             raise ConfigError(f"dtype={dtype}: format=ldm stores float32; use format=diffusers or compvis.")

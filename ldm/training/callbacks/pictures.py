@@ -89,7 +89,7 @@ class JumpToX0(_Pictures):
 
 
 class Samples(_Pictures):
-    """A grid of samples with their prompts, at fixed seeds."""
+    """A grid of samples with their prompts, at fixed seeds; where adapters are trained, below what the base draws."""
 
     def __init__(
         self,
@@ -104,6 +104,7 @@ class Samples(_Pictures):
     ):
         self.every_n_steps, self.prompts, self.num_prompts = every_n_steps, prompts, num_prompts
         self.num_steps, self.guidance, self.seed, self.sampler, self.grid = num_steps, guidance, seed, sampler, grid
+        self._base: torch.Tensor | None = None  # what the base draws: the same at every step
 
     def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
@@ -112,7 +113,15 @@ class Samples(_Pictures):
         prompts = list(request.prompts)
         with module.averaged():
             images = sampler.sample(request)
-        log_picture(trainer, "samples", grid(images, prompts), step, "; ".join(prompts))
+            if module.adapters and self._base is None:
+                with module.without_adapters():
+                    self._base = sampler.sample(request)
+        picture, text = grid(images, prompts), "; ".join(prompts)
+        if self._base is not None:
+            both = torch.cat([self._base, images])
+            picture = grid(both, [*prompts, *prompts], columns=len(images))
+            text = f"above the base, below with adapters: {text}"
+        log_picture(trainer, "samples", picture, step, text)
 
 
 def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDiffusion) -> tuple[Sampler, Request]:

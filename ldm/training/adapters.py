@@ -1,0 +1,146 @@
+"""Adapters between a model in memory and files: ours in runs, everybody's beside them, and merged into the model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import nn
+
+from ldm.adapters.adapter import Adapter
+from ldm.adapters.content import Content, Embedding, Lora
+from ldm.adapters.hypernetwork import Hypernetwork
+from ldm.adapters.lora import LoRA
+from ldm.adapters.textual_inversion import TextualInversion
+from ldm.build import build
+from ldm.errors import ConfigError
+from ldm.formats.adapters import read_adapter, write_adapter
+from ldm.formats.checkpoint import kind
+from ldm.training.assemble import Parts, fill, load_trained
+from ldm.training.checkpoints import State, find, load_parts, read_config
+
+# Those of checkpoints that adapters share are not among them: "diffusers" is a folder where a model is meant.
+ADAPTER_FORMATS = ("kohya", "peft", "a1111")
+
+
+def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: str | None = None) -> list[Adapter]:
+    """Attaches what `path` holds: a file in anybody's layout, or a run or checkpoint folder of ours with adapters.
+
+    token: the word of an embedding, where its file does not say it or another is wanted.
+    """
+    path = Path(path).expanduser()
+    network, text_encoder = _network(parts), parts.text_encoder
+    assert text_encoder is not None
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
+        made = _of_run(path, parts)
+    else:
+        content = read_adapter(path, [*_names(parts)], token)
+        adapter = adapter_of(content)
+        adapter.attach(network, text_encoder)
+        made = [adapter]
+    for adapter in made:
+        if isinstance(adapter, TextualInversion) and strength != 1:
+            for attached in made:
+                attached.detach()
+            raise ConfigError(
+                f"{path}: new words have no weight of their own ({strength:g} was asked). Leave it out, and weigh the "
+                f"word in the prompt: prompt_weights=true, ({adapter.placeholder}:{strength:g})."
+            )
+        adapter.strength = strength
+        adapter.eval().requires_grad_(False)
+    return made
+
+
+def adapter_of(content: Content) -> Adapter:
+    """The adapter that a file's content is, not attached yet."""
+    if isinstance(content, Lora):
+        return LoRA.of(content)
+    if isinstance(content, Embedding):
+        return TextualInversion.of(content)
+    return Hypernetwork.of(content)
+
+
+def save_adapters(adapters: dict[str, Adapter], folder: Path, name: str) -> list[Path]:
+    """A file for each, in its format, under the name by which prompts call it: its word, or `name`."""
+    written = []
+    for adapter in adapters.values():
+        content = adapter.content()
+        stem = re.sub(r"[^\w-]+", "", content.token or "") if isinstance(content, Embedding) else ""
+        end = ".pt" if adapter.format == "a1111" else ".safetensors"
+        path = folder / f"{stem or name}{end}"
+        if path in written:
+            path = folder / f"{stem or name}-{adapter.kind}{end}"
+        write_adapter(content, path, adapter.format)
+        written.append(path)
+    return written
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter's own file or folder; ConfigError where nothing can be read there."""
+    place = Path(path).expanduser()
+    if (place / "adapter_config.json").is_file():
+        return True
+    return place.is_file() and kind(place) in ("lora", "textual_inversion", "hypernetwork")
+
+
+def convert_adapter(path: str | Path, output: Path, format: str, dtype: str = "float32") -> None:
+    """An adapter's file, or that of a run of ours, in another program's format."""
+    if is_adapter(path):
+        contents = [read_adapter(path)]
+    else:
+        trained, _, _ = load_trained(path)
+        contents = [adapter.content() for adapter in trained.adapters.values() if format in adapter.formats]
+    if len(contents) != 1:
+        raise ConfigError(
+            f"checkpoint={path} has {len(contents)} adapters that could be format={format}: give the file of one of "
+            "them, in its run's export/."
+        )
+    write_adapter(contents[0], output, format, dtype)
+
+
+def merged_states(parts: Parts) -> dict[str, State]:
+    """Tensors of all parts with LoRAs worked into them. ConfigError for adapters that weights cannot hold."""
+    modules: dict[str, nn.Module] = {"vae": parts.autoencoder}
+    if parts.denoiser is not None and parts.text_encoder is not None:
+        modules |= {"unet": _network(parts), "text_encoder": parts.text_encoder}
+    states = {part: dict(module.state_dict()) for part, module in modules.items()}
+    for name, adapter in parts.adapters.items():
+        content = adapter.content()
+        if not isinstance(content, Lora):
+            raise ConfigError(
+                f"the model has a {adapter.kind} ({name}), which no checkpoint's weights can hold: it leaves as a file "
+                "of its own (export/ of its run, Pipeline.save_adapter). Take the adapter off, or load the base alone."
+            )
+        for layer, update in content.layers.items():
+            part, path = layer.split(".", 1)
+            weight = states[part][f"{path}.weight"]
+            states[part][f"{path}.weight"] = update.merged(weight, adapter.strength).to(weight.dtype)
+    return states
+
+
+def _of_run(path: Path, parts: Parts) -> list[Adapter]:
+    folder = find(path)
+    nodes = read_config(folder).get("adapter") or {}
+    if not nodes:
+        raise ConfigError(f"{path} is a whole model without adapters: load it as checkpoint=, not as an adapter.")
+    states, made = load_parts(folder), []
+    for name, node in nodes.items():
+        adapter = build(node, f"adapter.{name}")
+        adapter.attach(_network(parts), parts.text_encoder)
+        fill(adapter, states[name], name, folder)
+        made.append(adapter)
+    return made
+
+
+def _names(parts: Parts) -> list[str]:
+    assert parts.text_encoder is not None
+    return [
+        f"{part}.{name}"
+        for part, module in (("unet", _network(parts)), ("text_encoder", parts.text_encoder))
+        for name in module.state_dict()
+    ]
+
+
+def _network(parts: Parts) -> nn.Module:
+    assert parts.denoiser is not None and isinstance(parts.denoiser.model, nn.Module)
+    return parts.denoiser.model

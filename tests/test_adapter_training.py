@@ -1,0 +1,184 @@
+"""Adapters trained by the one trainer: the base stays, the files that leave draw what the run draws, runs resume."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from commands import here
+from PIL import Image
+from test_finetune import getattr_, pictures, run, same  # noqa: F401
+from tiny_training import Killed, Spy
+
+import ldm.training.run as training_run
+from ldm import Pipeline
+from ldm.errors import ConfigError
+from ldm.pictures import from_pil
+from ldm.training.callbacks.saving import Interrupted
+from ldm.training.checkpoints import all_folders
+from ldm.training.loading import load_any
+
+ALL = "adapter=[lora,textual_inversion,hypernetwork]"
+RATES = [f"adapter.{name}.lr=1e-2" for name in ("lora", "textual_inversion", "hypernetwork")]
+PROMPT = "a photo of a <new> cat"
+
+
+def draw(pipe, prompt=PROMPT, **options):
+    return pipe.sample(prompt, negative_prompt="a <new> dog", num_steps=3, seed=1, height=64, width=64, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, sd1_folder, pictures):  # noqa: F811
+    folder = tmp_path_factory.mktemp("trained")
+    return run(folder, "finetune", "mine", f"checkpoint={sd1_folder}", f"images={pictures}", ALL, *RATES)
+
+
+@pytest.mark.slow
+def test_the_base_stays_and_adapters_leave_as_files(trained, sd1_folder):
+    base, after = load_any(sd1_folder), load_any(trained)
+    for part in ("unet", "vae", "text_encoder"):
+        assert same(getattr_(base, part), getattr_(after, part)), part
+    exported = {p.name for p in (trained / "export/step-00000003").iterdir()}
+    assert exported == {"mine.safetensors", "new.safetensors", "mine.pt"}
+    # The run, the run on its base, and the files on the base are one model.
+    pipes = [Pipeline.load(trained), Pipeline.load(sd1_folder), Pipeline.load(sd1_folder)]
+    before = draw(pipes[1])
+    pipes[1].load_adapter(trained)
+    for name in sorted(exported):
+        pipes[2].load_adapter(trained / "export/step-00000003" / name)
+    drawn = [draw(pipe) for pipe in pipes]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
+    assert not torch.allclose(drawn[0], before, atol=1e-3)
+    pipes[2].unload_adapters()
+    assert torch.equal(draw(pipes[2]), before)
+
+
+@pytest.mark.slow
+def test_a_model_with_a_lora_leaves_merged(trained, sd1_folder, tmp_path):
+    pipe = Pipeline.load(sd1_folder)
+    pipe.load_adapter(trained / "export/step-00000003/mine.safetensors", weight=0.7)
+    drawn = draw(pipe)
+    for format, name in (("diffusers", "folder"), ("ldm", "ours")):
+        pipe.save(tmp_path / name, format)
+        again = Pipeline.load(tmp_path / name)
+        assert not again.adapters
+        assert (draw(again) - drawn).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match=r"textual_inversion.*no checkpoint's weights can hold"):
+        Pipeline.load(trained).save(tmp_path / "no")
+
+
+@pytest.mark.slow
+def test_from_the_command_line(trained, sd1_folder, tmp_path):
+    export = trained / "export/step-00000003"
+    asked = [f"checkpoint={sd1_folder}", f"prompt={PROMPT}", "num_steps=3", "seed=1", "height=64", "width=64"]
+    files = f"[{export}/mine.safetensors:0.5,{export}/new.safetensors]"
+    result = here("task=sample", *asked, f"adapters={files}", "output=drawn", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    pipe = Pipeline.load(sd1_folder)
+    pipe.load_adapter(export / "mine.safetensors", 0.5)
+    pipe.load_adapter(export / "new.safetensors")
+    drawn = pipe(PROMPT, num_steps=3, seed=1, height=64, width=64)[0]
+    with Image.open(tmp_path / "drawn/0000.png") as written:
+        assert torch.equal(from_pil(written), from_pil(drawn))
+        assert f"{export}/mine.safetensors:0.5" in written.text["ldm"]
+    # A LoRA goes from one program's layout into another's.
+    result = here("task=convert", f"checkpoint={export}/mine.safetensors", "format=peft", "output=p.safetensors",
+                  cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pipe.unload_adapters()
+    pipe.load_adapter(tmp_path / "p.safetensors", 0.5)
+    pipe.load_adapter(export / "new.safetensors")
+    assert torch.equal(from_pil(pipe(PROMPT, num_steps=3, seed=1, height=64, width=64)[0]), from_pil(drawn))
+
+
+def spied(monkeypatch, spy):
+    original = training_run.build
+
+    def with_spy(node, path="config", **kwargs):
+        if path == "trainer":
+            kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
+        return original(node, path, **kwargs)
+
+    monkeypatch.setattr(training_run, "build", with_spy)
+
+
+class Signal(Spy):
+    """Ctrl-C in the middle of a step."""
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    from ldm.training.checkpoints import load_parts
+
+    return {f"{p}.{k}": v for p, part in load_parts(all_folders(run)[-1], "raw").items() for k, v in part.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spy", [Spy(die_at=("backward", 3)), Signal()], ids=["killed", "interrupted"])
+def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictures, monkeypatch, spy):  # noqa: F811
+    options = [f"checkpoint={sd1_folder}", f"images={pictures}", ALL, *RATES, "max_steps=5", "ema=decay"]
+    options += ["callbacks.checkpoints.every_n_steps=2", "adapter.lora.dropout=0.1", "adapter.lora.dora=true"]
+    whole = run(tmp_path / "a", "finetune", "mine", *options)
+    with monkeypatch.context() as patch:
+        spied(patch, spy)
+        with pytest.raises((Killed, Interrupted)):
+            run(tmp_path / "b", "finetune", "mine", *options)
+    stopped = tmp_path / "b/outputs/mine"
+    if isinstance(spy, Signal):
+        (folder,) = (stopped / "export").iterdir()
+        assert folder.name == "step-00000003"
+        pipe = Pipeline.load(sd1_folder)
+        for path in folder.iterdir():
+            pipe.load_adapter(path)
+        assert draw(pipe).isfinite().all()
+    run(tmp_path / "b", "finetune", "mine", *options)
+    ours, theirs = tensors(stopped), tensors(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert [p.name for p in (stopped / "export").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.slow
+def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
+    """checkpoint=RUN with the same adapters begins where they are; without them it is refused, not forgotten."""
+    still = [f"adapter.{name}.lr=0.0" for name in ("lora", "textual_inversion", "hypernetwork")]
+    again = run(tmp_path, "finetune", "again", f"checkpoint={trained}", f"images={pictures}", ALL, *still)
+    assert torch.equal(draw(Pipeline.load(again)), draw(Pipeline.load(trained)))
+    with pytest.raises(ConfigError, match=r"trained with an adapter.*adapter=\[hypernetwork,lora,textual_inversion\]"):
+        run(tmp_path, "finetune", "whole", f"checkpoint={trained}", f"images={pictures}")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, sd2_folder, pictures):  # noqa: F811
+    export, pipe = trained / "export/step-00000003", Pipeline.load(sd2_folder)
+    before = draw(pipe, guidance=1.0)
+    for path in export.iterdir():
+        with pytest.raises(ConfigError, match=r"load the base that it was trained on"):
+            pipe.load_adapter(path)
+    assert not pipe.adapters and torch.equal(draw(pipe, guidance=1.0), before)  # nothing is left hanging
+    pipe = Pipeline.load(sd1_folder)
+    with pytest.raises(ConfigError, match=r"no weight of their own.*prompt_weights=true"):
+        pipe.load_adapter(export / "new.safetensors", weight=0.5)
+    pipe.load_adapter(export / "new.safetensors", token="<other>")
+    assert torch.equal(draw(pipe, "a <other> cat"), draw_with(sd1_folder, export / "new.safetensors", "a <new> cat"))
+    with pytest.raises(ConfigError, match=r"whole model without adapters|not an adapter"):
+        pipe.load_adapter(sd1_folder)
+    for bad, said in (
+        ("adapter.lora.rank=0", "at least 1"),
+        ("adapter.textual_inversion.placeholder=cat", "ordinary word"),
+        ("adapter.hypernetwork.widths=[5]", "attentions read"),
+        ("adapter.lora.format=gguf", "kohya, peft"),
+    ):
+        options = [f"checkpoint={sd1_folder}", f"images={pictures}", ALL, bad]
+        with pytest.raises(ConfigError, match=said):
+            run(tmp_path, "finetune", "bad", *options)
+        assert not (tmp_path / "outputs/bad").exists()
+
+
+def draw_with(base, adapter, prompt):
+    pipe = Pipeline.load(base)
+    pipe.load_adapter(adapter)
+    return draw(pipe, prompt).clone()
