@@ -218,6 +218,16 @@ def test_compvis_paths_of_the_unet_are_found(tmp_path, bases):
     assert_same_lora(lora, read_adapter(tmp_path / "x.safetensors", bases["sd1"]))
 
 
+def test_kohyas_text_layers_are_found_with_and_without_transformers_old_level(tmp_path, bases):
+    lora = random_lora(bases["sd1"], layers=r"text_encoder\..*self_attn.*")
+    write_adapter(lora, tmp_path / "old.safetensors", "kohya")
+    found = load_file(tmp_path / "old.safetensors")
+    save_file({k.replace("_text_model_", "_"): v for k, v in found.items()}, tmp_path / "new.safetensors")
+    assert all(k.startswith("lora_te_text_model_encoder_layers_") for k in found)
+    for base in (bases["sd1"], None):
+        assert_same_lora(lora, read_adapter(tmp_path / "new.safetensors", base))
+
+
 def test_factors_of_1x1_convolutions_may_be_matrices(tmp_path):
     down, up, x = torch.randn(2, 8), torch.randn(6, 2), "lora_unet_mid_block_attentions_0_proj_in"
     for d, u in (
@@ -290,7 +300,7 @@ STRUCTURES = [
     {},
     {"structure": [1.0, 2.0, 2.0, 1.0], "activation": "swish", "layer_norm": True, "dropout": [0.0, 0.3, 0.1, 0.0]},
     {"structure": [1.0, 1.5, 1.0], "activation": "relu", "activate_output": False, "step": 9, "name": "cats"},
-    {"layer_norm": True, "activation": "relu"},
+    {"layer_norm": True, "activation": "relu", "activate_output": False},
 ]
 
 
