@@ -68,7 +68,7 @@ class Root:
     config: str | None = key(
         None,
         "sample convert train evaluate encode",
-        "diffusers folder that says what a single file of unpublished sizes does not",
+        "diffusers folder, or run or config.yaml of ours, that says what a single file of unpublished sizes does not",
     )
     adopt: bool = key(False, "train", "model, text encoder, autoencoder, schedule and target are the checkpoint's")
     scheduler_config: Any = key(None, "train", "diffusers' scheduler_config.json of an adopted checkpoint")

@@ -54,7 +54,7 @@ class Pipeline:
     def load(cls, path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Pipeline:
         """From a run directory or checkpoint folder of ours, a diffusers folder, a CompVis-style file, or a hub id.
 
-        config: for single files of other sizes than the published ones, a diffusers folder of the same model.
+        config: for single files of other sizes than the published ones, a diffusers folder or a run of the same model.
         ConfigError when it cannot be read or is nothing to sample from.
         """
         loaded = load_any(path, weights, config)

@@ -162,3 +162,37 @@ def test_what_a_converter_is_not_told_or_may_not_do(place, sources, tiny_run):
         with pytest.raises(ConfigError, match=words):
             convert(OmegaConf.merge(task(), settings))
     assert not list(place.glob("never*"))
+
+
+@pytest.mark.parametrize("said_by", ["config.yaml", "run", "checkpoint"])
+def test_a_run_says_what_a_bare_file_of_its_model_does_not(place, sources, tiny_run, said_by):
+    bare, whole = place / "bare.ckpt", place / "whole.safetensors"
+    if not bare.exists():
+        converted(tiny_run, whole, "compvis")
+        torch.save({"state_dict": load_file(whole)}, bare)
+    with pytest.raises(ConfigError, match="give config=DIR, a diffusers folder or a run of the same model"):
+        load_any(bare)
+    checkpoint = next(tiny_run.glob("checkpoints/step-*"))
+    config = {"config.yaml": tiny_run / "config.yaml", "run": tiny_run, "checkpoint": checkpoint}[said_by]
+    found, expected = load_any(bare, config=config), load_any(whole)
+    assert found.scheduler_config == expected.scheduler_config
+    for part in ("autoencoder", "text_encoder"):
+        one, other = getattr(found.parts, part).state_dict(), getattr(expected.parts, part).state_dict()
+        assert all(torch.equal(one[k].nan_to_num(7.0), other[k].nan_to_num(7.0)) for k in other), part
+    drawn = [Pipeline.load(p, config=c).sample(PROMPT, num_steps=2, seed=1) for p, c in ((bare, config), (whole, None))]
+    assert torch.equal(*drawn)
+
+
+def test_a_run_of_a_model_that_single_files_do_not_hold_is_refused(place, tiny_run):
+    nodes = OmegaConf.load(tiny_run / "config.yaml")
+    file = place / "bare.ckpt"
+    if not file.exists():
+        torch.save({"state_dict": load_file(converted(tiny_run, place / "again.safetensors", "compvis"))}, file)
+    for change, words in (
+        ({"model": {"_target_": "ldm.models.dit.DiT"}}, "model=ldm.models.dit.DiT: single files hold UNet only"),
+        ({"scheduler": {"_target_": "ldm.diffusion.schedulers.Flow"}}, "scheduler or target that single files cannot"),
+        ({"autoencoder": None}, "has no autoencoder"),
+    ):
+        OmegaConf.save(OmegaConf.merge(nodes, change), place / "other.yaml")
+        with pytest.raises(ConfigError, match=words):
+            load_any(file, config=place / "other.yaml")

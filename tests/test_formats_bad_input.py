@@ -192,7 +192,7 @@ def test_single_files_that_do_not_say_enough_or_fit_nothing(tmp_path, sd1_folder
     save_file(tensors, path)
     with pytest.raises(ConfigError, match=r"block_channels=\[32, 64, 64, 64\].*no published ones.*give config=DIR"):
         read(path)
-    with pytest.raises(ConfigError, match=r"config=.* is no diffusers folder"):
+    with pytest.raises(ConfigError, match=r"config=.* is no diffusers folder and no run of ours"):
         read(path, config=path)
     save_file(tensors | {"strange.key": ONE}, path)
     with pytest.raises(ConfigError, match=r"1 unknown.*first: strange.key"):

@@ -3,8 +3,9 @@
     python experiments/005_stable_diffusion/host_time.py [REPEATS]
 
 Both load the same small folder (tests/published.py) and draw pictures of 512x512 (latents 4x64x64), guidance 7.5; their
-U-Nets are replaced by one that returns a tensor made before, so that what is left is the loop. One thread.
-`arithmetic` is DDIM's tensor operations written out, with all numbers known beforehand: what no loop can go below.
+U-Nets are replaced by one that returns a tensor made before, so that what is left is the loop. One thread; processor
+time, so that other work on a shared machine is not counted.
+`arithmetic` is DDIM's textbook formulas written out, with all numbers known beforehand.
 """
 
 import csv
@@ -87,10 +88,10 @@ def measured(draws, repeats):
     times = {(who, n): [] for who in draws for n in (FEW, MANY)}
     for repeat in range(repeats + 2):
         for who, n in times:
-            start = time.perf_counter()
+            start = time.process_time()
             draws[who](n)
             if repeat > 1:  # two rounds to warm up
-                times[who, n].append(time.perf_counter() - start)
+                times[who, n].append(time.process_time() - start)
     return {key: statistics.median(values) for key, values in times.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.levels import Level, Levels, floats
 from ldm.diffusion.schedulers import Scheduler, Table
 from ldm.errors import ConfigError
 
@@ -153,26 +153,19 @@ class Conventions:
         return Levels([*levels, last], start, scheduler.coordinate, scheduler, num_steps)
 
     def _levels(self, scheduler: Scheduler, points: Tensor, whole: Callable[[float], int] | None) -> list[Level]:
-        """All at once: a table reads 50 entries in the time of one."""
         if whole is not None:
-            table = scheduler.coordinate == "ratio" and scheduler.first_time > 0
             wanted = self.rounded == "all" or (self.rounded == "karras" and whole is round)
-            levels = _floats(scheduler.level_at_position(points))
-            if not (wanted and table):
+            levels = floats(scheduler.level_at_position(points))
+            if not (wanted and scheduler.coordinate == "ratio" and scheduler.first_time > 0):
                 return levels
             # Inverting the table and back misses entries by 1e-12, which cutting off must not see.
             # Cutting off takes 999 to 998, as where these grids were published: rounding leaves it just below 999.
             return [lv._replace(timestep=max(0, whole(float(lv.timestep) - 1e-9))) for lv in levels]
-        levels = _floats(scheduler.level(scheduler.snap(points) if self.rounded == "all" else points))
+        levels = floats(scheduler.level(scheduler.snap(points) if self.rounded == "all" else points))
         if scheduler.coordinate == "ratio" and not self.pure_noise:
             nearly = scheduler.level_at(_NEARLY_PURE_NOISE)
             return [lv if lv.alpha else lv._replace(alpha=nearly.alpha, sigma=nearly.sigma) for lv in levels]
         return levels
-
-
-def _floats(levels: Level) -> list[Level]:
-    """One level a time instead of one with (B,) tensors."""
-    return [Level(*numbers) for numbers in zip(*(torch.as_tensor(v).tolist() for v in levels), strict=True)]
 
 
 def _fractions(num_steps: int) -> list[float]:

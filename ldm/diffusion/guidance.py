@@ -79,8 +79,8 @@ class ClassifierFree(Guider):
         outputs = both_outputs(denoiser, cond, reference, self.batched)
 
         def denoise(x_t: Tensor, level: Level) -> Tensor:
-            positive, negative = outputs(x_t, level)
-            output = negative + scale * (positive - negative)
+            negative, positive = outputs(x_t, level)
+            output = torch.lerp(negative, positive, scale)
             return denoiser.x0(x_t, self.rescaled(output, positive), level)
 
         return denoise
@@ -123,7 +123,7 @@ class AdaptiveProjected(Guider):
 
         def denoise(x_t: Tensor, level: Level) -> Tensor:
             nonlocal average
-            positive, negative = (denoiser.x0(x_t, output, level) for output in outputs(x_t, level))
+            negative, positive = (denoiser.x0(x_t, output, level) for output in outputs(x_t, level))
             average = positive - negative + self.momentum * average
             update = average
             if self.norm_threshold is not None:
@@ -180,20 +180,14 @@ class Autoguidance(Guider):
 
 def both_outputs(
     denoiser: Denoiser, cond: Condition, reference: Condition, batched: bool
-) -> Callable[[Tensor, Level], tuple[Tensor, Tensor]]:
-    """(x_t, level) -> the network's outputs under `cond` and under `reference`; `concat` stands in both."""
+) -> Callable[[Tensor, Level], tuple[Tensor, ...]]:
+    """(x_t, level) -> the network's outputs under `reference` and under `cond`; `concat` stands in both."""
     reference = replace(reference, concat=cond.concat)
     # The reference first, as in the published pipelines.
-    both = Condition.cat([reference, cond]) if batched else None
-
-    def outputs(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        if both is None:
-            negative = denoiser.output(x_t, level, reference)
-            return denoiser.output(x_t, level, cond), negative
-        negative, positive = denoiser.output(torch.cat([x_t, x_t]), level, both).chunk(2)
-        return positive, negative
-
-    return outputs
+    if not batched:
+        return lambda x_t, level: (denoiser.output(x_t, level, reference), denoiser.output(x_t, level, cond))
+    both = Condition.cat([reference, cond])
+    return lambda x_t, level: denoiser.output(torch.cat([x_t, x_t]), level, both).chunk(2)
 
 
 def _norm(x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,1,1,1)

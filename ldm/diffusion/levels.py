@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -52,9 +52,10 @@ class Level(NamedTuple):
     def to(self, device: torch.device | str) -> Level:
         return Level(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
 
-    def repeat_interleave(self, n: int) -> Level:
-        """Each level of a batch n times in a row."""
-        return Level(*(v.repeat_interleave(n) if isinstance(v, Tensor) else v for v in self))
+
+def floats(levels: Level) -> list[Level]:
+    """One level a time instead of one with (B,) tensors: a table reads 50 entries at once in the time of one."""
+    return [Level(*numbers) for numbers in zip(*(torch.as_tensor(v).tolist() for v in levels), strict=True)]
 
 
 def right_pad(value: Number, like: Tensor) -> Number:
@@ -62,6 +63,14 @@ def right_pad(value: Number, like: Tensor) -> Number:
     if not isinstance(value, Tensor):
         return value
     return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def weighted_sum(*terms: tuple[Number, Tensor]) -> Tensor:
+    """The sum of weight times tensor. Weights that are floats cost one operation a term: host time is what counts."""
+    total = terms[0][0] * terms[0][1]
+    for weight, tensor in terms[1:]:
+        total = total + weight * tensor if isinstance(weight, Tensor) else torch.add(total, tensor, alpha=weight)
+    return total
 
 
 class Levels(Sequence[Level]):
@@ -83,16 +92,11 @@ class Levels(Sequence[Level]):
         num_steps: int | None = None,
     ):
         self._levels = tuple(levels)
-        self.start = start
-        self.coordinate = coordinate
-        self.scheduler = scheduler
+        self.start, self.coordinate, self.scheduler = start, coordinate, scheduler
         self.num_steps = len(self._levels) - 1 if num_steps is None else num_steps
 
     def __len__(self) -> int:
         return len(self._levels)
-
-    def __iter__(self) -> Iterator[Level]:
-        return iter(self._levels)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -110,3 +114,18 @@ class Levels(Sequence[Level]):
     def position(self, level: Level) -> Number:
         """The slope solvers' independent variable."""
         return level.position(self.coordinate)
+
+    def slope(self, level: Level, x: Tensor, x0: Tensor) -> Tensor:
+        """d y/d position of y = x/scale on the probability-flow ODE, (y - x0)/position."""
+        position = self.position(level)
+        return weighted_sum((1 / self.scale(level) / position, x), (-1 / position, x0))
+
+    def along(self, level: Level, after: Level, x: Tensor, slopes: Iterable[tuple[Number, Tensor]]) -> Tensor:
+        """x at `after`, y + sum of weight times slope."""
+        scale = self.scale(after)
+        return weighted_sum((scale / self.scale(level), x), *((scale * weight, slope) for weight, slope in slopes))
+
+    def euler(self, level: Level, after: Level, x: Tensor, x0: Tensor) -> Tensor:
+        """x at `after`, y + h slope: y goes towards x0 as the position falls."""
+        kept, scale = self.position(after) / self.position(level), self.scale(after)
+        return weighted_sum((scale * kept / self.scale(level), x), (scale * (1 - kept), x0))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Number, right_pad
+from ldm.diffusion.levels import Level, Number, right_pad, weighted_sum
 from ldm.diffusion.schedulers import Scheduler
 from ldm.errors import ConfigError
 
@@ -28,9 +28,9 @@ class Parameterization(ABC):
     def x0(self, x_t: Tensor, output: Tensor, level: Level) -> Tensor:  # (B,C,H,W), (B,C,H,W) -> (B,C,H,W)
         """The jump to x0: (b x_t - sigma out) / (alpha b - sigma a)."""
         alpha, sigma = right_pad(level.alpha, x_t), right_pad(level.sigma, x_t)
-        _, b = self.coefficients(alpha, sigma)
-        scale = self.determinant(alpha, sigma)
-        return (b / scale) * x_t - (sigma / scale) * output
+        a, b = self.coefficients(alpha, sigma)
+        scale = alpha * b - sigma * a
+        return weighted_sum((b / scale, x_t), (-sigma / scale, output))
 
     def determinant(self, alpha: Number, sigma: Number) -> Number:
         """alpha b - sigma a: (sigma/this)^2 turns a weight on the error of x0 into one on the error of the output."""

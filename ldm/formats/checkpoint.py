@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.errors import ConfigError
-from ldm.formats import diffusers_folder, hub, kinds, known, single_file, single_metadata
+from ldm.formats import diffusers_folder, hub, kinds, known, run_config, single_file, single_metadata
 from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.kinds import Kind
@@ -32,7 +32,8 @@ def read(path: str | Path, config: str | Path | None = None, weights: str = "ema
     """A checkpoint of another program (or a single file of ours) in our names, float32, complete or refused.
 
     path: a diffusers folder, a part's folder, a single file (.safetensors, .ckpt), an autoencoder's file, a hub id.
-    config: a diffusers folder that says what a single file of unpublished sizes does not.
+    config: what says what a single file of unpublished sizes does not: a diffusers folder, or a run (its folder, a
+        checkpoint folder of it, or its config.yaml).
     weights: "ema", the averaged ones where there are some, or "raw".
     """
     if weights not in ("ema", "raw"):
@@ -163,9 +164,14 @@ def _given(config: str | Path | None, said: Described | None) -> Described | Non
     if config is None:
         return said
     place = _located(config)
-    if not place.is_dir() or kinds.of_path(place) not in ("diffusers", "vae", "unet"):
-        raise ConfigError(f"config={config} is no diffusers folder: give one of the same model, or of its sizes.")
-    found = diffusers_folder.describe(place)
+    if (file := run_config.file_of(place)) is not None:
+        found = run_config.describe(file)
+    elif place.is_dir() and kinds.of_path(place) in ("diffusers", "vae", "unet"):
+        found = diffusers_folder.describe(place)
+    else:
+        raise ConfigError(
+            f"config={config} is no diffusers folder and no run of ours: give one of the same model, or of its sizes."
+        )
     return Described(found.checkpoint, said.scaling, said.shift) if said else found
 
 

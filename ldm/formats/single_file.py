@@ -1,7 +1,7 @@
 """One file with every part, in CompVis' names: what the programs around Stable Diffusion exchange.
 
 Such a file says neither heads nor schedule nor words. Published sizes are known by their shapes (`known.py`); for
-others config= names a diffusers folder. Files written here say it all in their metadata (`single_metadata.py`).
+others config= names a diffusers folder or a run. Files written here say it all themselves (`single_metadata.py`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _complete(
     if rest is None:
         raise ConfigError(
             f"{source}: the {key}'s sizes ({_some(found)}) are no published ones, and such a file does not say heads "
-            "or groups: give config=DIR, a diffusers folder of the same model."
+            "or groups: give config=DIR, a diffusers folder or a run of the same model."
         )
     return {"_target_": TARGETS[part], **found, **rest}
 

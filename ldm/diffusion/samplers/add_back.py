@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -20,6 +20,6 @@ def add_back(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, ratio: f
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
         kept = ratio if after.sigma > 0 else 0.0
-        step = Step(level, after, x, x0, after.alpha * (x0 + kept * (x / level.alpha - x0)))
-        yield step
+        x_next = weighted_sum((kept * after.alpha / level.alpha, x), ((1 - kept) * after.alpha, x0))
+        yield (step := Step(level, after, x, x0, x_next))
         x = step.x_next

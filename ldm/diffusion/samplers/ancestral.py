@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ldm.diffusion.levels import Level, Levels
+from itertools import pairwise
+
+import torch
+
+from ldm.diffusion.levels import Level, Levels, floats
 
 
 def fresh_noise(level: Level, after: Level, eta: float) -> float:
@@ -15,9 +19,9 @@ def fresh_noise(level: Level, after: Level, eta: float) -> float:
     return min(eta * float(after.sigma / level.sigma) * left**0.5, float(after.sigma))
 
 
-def without_noise(level: Level, after: Level, eta: float, levels: Levels) -> tuple[Level, float]:
-    """The cleaner level that a step leads to before fresh noise lifts it to `after`, and that noise's deviation."""
-    fresh = fresh_noise(level, after, eta)
-    if fresh == 0:
-        return after, 0.0
-    return levels.scheduler.level_at((after.sigma**2 - fresh**2) ** 0.5 / after.alpha), fresh
+def without_noise(levels: Levels, eta: float) -> list[tuple[Level, float]]:
+    """For each step the cleaner level that it leads to before fresh noise lifts it, and that noise's deviation."""
+    steps = list(pairwise(levels))
+    fresh = [fresh_noise(level, after, eta) for level, after in steps]
+    ratios = [(after.sigma**2 - f**2) ** 0.5 / after.alpha for (_, after), f in zip(steps, fresh, strict=True)]
+    return list(zip(floats(levels.scheduler.level_at(torch.tensor(ratios, dtype=torch.float64))), fresh, strict=True))

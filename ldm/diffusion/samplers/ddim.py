@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.levels import Level, Levels, weighted_sum
 from ldm.diffusion.samplers.ancestral import fresh_noise
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
@@ -19,8 +19,7 @@ def ddim(
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
         fresh = s_noise * noise(x) if eta > 0 else None
-        step = Step(level, after, x, x0, renoised(x, x0, level, after, eta, fresh))
-        yield step
+        yield (step := Step(level, after, x, x0, renoised(x, x0, level, after, eta, fresh)))
         x = step.x_next
 
 
@@ -28,5 +27,5 @@ def renoised(x: Tensor, x0: Tensor, level: Level, after: Level, eta: float, fres
     """x0 with the noise of `after`: a share of it fresh, the rest in the direction of x_t's own."""
     deviation = fresh_noise(level, after, eta)
     keep = (after.sigma**2 - deviation**2) ** 0.5 / level.sigma  # of x, and with it of eps
-    x_next = keep * x + (after.alpha - keep * level.alpha) * x0
-    return x_next if fresh is None else x_next + deviation * fresh
+    drawn = [] if fresh is None else [(deviation, fresh)]
+    return weighted_sum((keep, x), (after.alpha - keep * level.alpha, x0), *drawn)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -24,9 +24,9 @@ def ddpm(
         x0 = denoise(x, level)
         ratio = level.alpha / after.alpha
         forward = max(level.sigma**2 - (ratio * after.sigma) ** 2, 0.0)  # variance of x_t given x_next
-        mean = ratio * (after.sigma / level.sigma) ** 2 * x + after.alpha * forward / level.sigma**2 * x0
-        chosen = forward * (after.sigma / level.sigma) ** 2 if variance == "small" else forward
-        x_next = mean + chosen**0.5 * noise(x) if after.sigma > 0 else mean
-        step = Step(level, after, x, x0, x_next)
-        yield step
+        shrink = (after.sigma / level.sigma) ** 2
+        terms = [(ratio * shrink, x), (after.alpha * forward / level.sigma**2, x0)]
+        if after.sigma > 0:
+            terms.append(((forward * shrink if variance == "small" else forward) ** 0.5, noise(x)))
+        yield (step := Step(level, after, x, x0, weighted_sum(*terms)))
         x = step.x_next

@@ -20,14 +20,13 @@ def deis(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int =
     history: list[tuple[float, Tensor]] = []  # position and slope, newest first
     for left, (level, after) in zip(range(len(levels) - 2, -1, -1), pairwise(levels), strict=True):
         x0 = denoise(x, level)
-        y, start, end = x / levels.scale(level), float(levels.position(level)), float(levels.position(after))
-        history = [(start, (y - x0) / start), *history][:order]
+        start, end = float(levels.position(level)), float(levels.position(after))
+        history = [(start, levels.slope(level, x, x0)), *history][:order]
         short = left + 1 if levels.num_steps < 15 else order
         used = history[: 1 if end == 0 else short]
         weights = _integrals([position for position, _ in used], start, end) if len(used) > 1 else [end - start]
-        y_next = y + sum(w * slope for w, (_, slope) in zip(weights, used, strict=True))
-        step = Step(level, after, x, x0, levels.scale(after) * y_next)
-        yield step
+        slopes = [(weight, slope) for weight, (_, slope) in zip(weights, used, strict=True)]
+        yield (step := Step(level, after, x, x0, levels.along(level, after, x, slopes)))
         x = step.x_next
 
 

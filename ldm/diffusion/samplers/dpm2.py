@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, floats, weighted_sum
 from ldm.diffusion.samplers.ancestral import without_noise
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
@@ -19,19 +20,21 @@ def dpm2(
 
     Two calls a step, one into sigma = 0. eta 1: each step goes below its level, and fresh noise lifts it there.
     """
-    for level, after in pairwise(levels):
+    downs = without_noise(levels, eta)
+    ends = [(levels.position(level), levels.position(down)) for level, (down, _) in zip(levels, downs, strict=False)]
+    means = torch.tensor([(start * end) ** 0.5 for start, end in ends], dtype=torch.float64)
+    halves = floats(levels.at(means))
+    for (level, after), (down, fresh), half in zip(pairwise(levels), downs, halves, strict=True):
         x0 = denoise(x, level)
-        down, fresh = without_noise(level, after, eta, levels)
-        y, position = x / levels.scale(level), levels.position(level)
-        slope = (y - x0) / position
+        scale = levels.scale(down) * after.alpha / down.alpha
         if down.sigma > 0:
-            half = levels.at((position * levels.position(down)) ** 0.5)
-            y_half = y + (levels.position(half) - position) * slope
-            slope = (y_half - denoise(levels.scale(half) * y_half, half)) / levels.position(half)
-        y_down = y + (levels.position(down) - position) * slope
-        x_next = after.alpha / down.alpha * levels.scale(down) * y_down
+            x_half = levels.euler(level, half, x, x0)
+            # y + h slope, the slope (y_half - x0_half)/position half-way.
+            h = scale * (levels.position(down) - levels.position(level)) / levels.position(half)
+            terms = [(scale / levels.scale(level), x), (h / levels.scale(half), x_half), (-h, denoise(x_half, half))]
+        else:
+            terms = [(scale, x0)]
         if fresh > 0:
-            x_next = x_next + s_noise * fresh * noise(x)
-        step = Step(level, after, x, x0, x_next)
-        yield step
+            terms.append((s_noise * fresh, noise(x)))
+        yield (step := Step(level, after, x, x0, weighted_sum(*terms)))
         x = step.x_next

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -18,7 +18,6 @@ def dpmpp_multistep(
     """Lu et al. 2022b, Algorithm 2 (order 2) and Crowson 2022 (order 3; eta > 0: SDE-DPM-Solver++).
 
     Order 3 halves the second difference that the integral asks for, as published and in diffusers: measured order 2.
-
     First order into sigma = 0; in runs of fewer than 15 steps the last step is of order 1, the last but one of 2.
     """
     history: list[tuple[Tensor, float]] = []  # x0 and half log-SNR, newest first
@@ -28,24 +27,23 @@ def dpmpp_multistep(
         # exp(-h) as a quotient is finite at alpha = 0 and at sigma = 0; h itself is not.
         shrink = after.sigma * level.alpha / (level.sigma * after.alpha)
         keep, gain = after.sigma / level.sigma * shrink**eta, after.alpha * (1 - shrink ** (1 + eta))
-        x_next = keep * x + gain * x0
+        terms = [(keep, x), (gain, x0)]
         short = left + 1 if levels.num_steps < 15 else order
         # A grid that ends on the table's first entry, and then goes there once more, has a last step of length 0.
         reached = 1 if after.sigma in (0, level.sigma) else min(order, short, 1 + len(history))
         if reached > 1:
             h, (x0_1, at_1) = float(after.log_snr) / 2 - here, history[0]
-            first = (x0 - x0_1) * (h / (here - at_1))
+            r = (here - at_1) / h
             if reached == 2:
-                x_next = x_next + gain / 2 * first
+                change = gain / 2 / r  # weight of x0 - x0_1
+                terms = [(keep, x), (gain + change, x0), (-change, x0_1)]
             else:
                 (x0_2, at_2), g = history[1], (1 + eta) * h
-                second = (first - (x0_1 - x0_2) * (h / (at_1 - at_2))) * (h / (here - at_2))
                 phi_2 = 1 + math.expm1(-g) / g
-                x_next = x_next + after.alpha * (
-                    phi_2 * (first + (here - at_1) / h * second) + (0.5 - phi_2 / g) * second
-                )
+                second = after.alpha * (phi_2 * r + 0.5 - phi_2 / g) * h / (here - at_2)
+                change, before = (after.alpha * phi_2 + second) / r, second * h / (at_1 - at_2)
+                terms = [(keep, x), (gain + change, x0), (-change - before, x0_1), (before, x0_2)]
         if eta > 0 and after.sigma > 0:
-            x_next = x_next + s_noise * after.sigma * (1 - shrink ** (2 * eta)) ** 0.5 * noise(x)
-        step = Step(level, after, x, x0, x_next)
-        yield step
+            terms.append((s_noise * after.sigma * (1 - shrink ** (2 * eta)) ** 0.5, noise(x)))
+        yield (step := Step(level, after, x, x0, weighted_sum(*terms)))
         history, x = [(x0, here), *history][: order - 1] if order > 1 else [], step.x_next

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -27,15 +27,15 @@ def dpmpp_singlestep(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, 
         block.append((x0, here))
         (first, x_first), (x0_first, at_first) = start, block[0]
         shrink = after.sigma * first.alpha / (first.sigma * after.alpha)  # exp(-h), finite at both ends
-        x_next = after.sigma / first.sigma * x_first + after.alpha * (1 - shrink) * x0_first
+        keep, gain = after.sigma / first.sigma, after.alpha * (1 - shrink)
+        terms = [(keep, x_first), (gain, x0_first)]
         if reached > 1:
             h = float(after.log_snr) / 2 - at_first
-            slope = (x0 - x0_first) * (h / (here - at_first))
             # Midpoint weights at order 2, the exact integral of a line at order 3.
-            weight = (1 - shrink) / 2 if reached == 2 else 1 + math.expm1(-h) / h
-            x_next = x_next + after.alpha * weight * slope
-        step = Step(level, after, x, x0, x_next)
-        yield step
+            weight = gain / 2 if reached == 2 else after.alpha * (1 + math.expm1(-h) / h)
+            change = weight * h / (here - at_first)  # of x0 - x0_first
+            terms = [(keep, x_first), (gain - change, x0_first), (change, x0)]
+        yield (step := Step(level, after, x, x0, weighted_sum(*terms)))
         x = step.x_next
 
 

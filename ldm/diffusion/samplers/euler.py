@@ -13,14 +13,10 @@ from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
 def euler(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, churn: Churn | None = None) -> Iterator[Step]:
-    """Karras et al. 2022, Algorithm 1, with churn 2, of first order; the slope of y = x/scale is (y - x0)/position."""
+    """Karras et al. 2022, Algorithm 1, with churn 2, of first order."""
     for level, after in pairwise(levels):
         if churn is not None:
             x, level = churn(x, level, levels, noise)
         x0 = denoise(x, level)
-        y = x / levels.scale(level)
-        slope = (y - x0) / levels.position(level)
-        y_next = y + (levels.position(after) - levels.position(level)) * slope
-        step = Step(level, after, x, x0, levels.scale(after) * y_next)
-        yield step
+        yield (step := Step(level, after, x, x0, levels.euler(level, after, x, x0)))
         x = step.x_next

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.churn import Churn
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
@@ -18,13 +18,11 @@ def heun(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, churn: Churn
         if churn is not None:
             x, level = churn(x, level, levels, noise)
         x0 = denoise(x, level)
-        y, h = x / levels.scale(level), levels.position(after) - levels.position(level)
-        slope = (y - x0) / levels.position(level)
-        y_next = y + h * slope
+        x_next = levels.euler(level, after, x, x0)
         if after.sigma > 0:
-            x0_after = denoise(levels.scale(after) * y_next, after)
-            slope_after = (y_next - x0_after) / levels.position(after)
-            y_next = y + h * (slope + slope_after) / 2
-        step = Step(level, after, x, x0, levels.scale(after) * y_next)
-        yield step
+            # y + h (slope + slope_after)/2, where y + h slope is Euler's and h slope_after = r (y - x0) there.
+            x0_after, r = denoise(x_next, after), 1 - levels.position(level) / levels.position(after)
+            half = levels.scale(after) / 2
+            x_next = weighted_sum((half / levels.scale(level), x), ((1 + r) / 2, x_next), (-r * half, x0_after))
+        yield (step := Step(level, after, x, x0, x_next))
         x = step.x_next

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Levels
+from ldm.diffusion.levels import Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
@@ -20,10 +20,8 @@ def lcm(
     """
     for level, after in pairwise(levels):
         time = scaling * level.timestep
-        x0 = (sigma_data**2 * x + time * (time**2 + sigma_data**2) ** 0.5 * denoise(x, level)) / (
-            time**2 + sigma_data**2
-        )
-        x_next = after.alpha * x0 + after.sigma * noise(x) if after.sigma > 0 else x0
-        step = Step(level, after, x, x0, x_next)
-        yield step
+        spread = time**2 + sigma_data**2
+        x0 = weighted_sum((sigma_data**2 / spread, x), (time / spread**0.5, denoise(x, level)))
+        x_next = weighted_sum((after.alpha, x0), (after.sigma, noise(x))) if after.sigma > 0 else x0
+        yield (step := Step(level, after, x, x0, x_next))
         x = step.x_next

@@ -21,13 +21,10 @@ def lms(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 
     positions: list[float] = []
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
-        y = x / levels.scale(level)
-        slopes = [(y - x0) / levels.position(level), *slopes][:order]
+        slopes = [levels.slope(level, x, x0), *slopes][:order]
         positions = [float(levels.position(level)), *positions][:order]
         weights = _integrals(positions, positions[0], float(levels.position(after)))
-        y_next = y + sum(w * slope for w, slope in zip(weights, slopes, strict=True))
-        step = Step(level, after, x, x0, levels.scale(after) * y_next)
-        yield step
+        yield (step := Step(level, after, x, x0, levels.along(level, after, x, zip(weights, slopes, strict=True))))
         x = step.x_next
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.levels import Level, Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 from ldm.errors import ConfigError
 
@@ -31,11 +31,10 @@ def pndm(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, mixed: Mixed
         output = _output(levels, x, x0, level, mixed)
         if call == 2:  # the first step again, with the mean of both its ends
             x_next = _move(levels, start[1], start[0], level, (output + outputs[0]) / 2, mixed)
-            step = Step(level, after, x, x0, x_next)
         else:
             outputs = [output, *outputs][:4]
-            step = Step(level, after, x, x0, _move(levels, x, level, after, _adams(outputs), mixed))
-        yield step
+            x_next = _move(levels, x, level, after, _adams(outputs), mixed)
+        yield (step := Step(level, after, x, x0, x_next))
         x = step.x_next
 
 
@@ -64,23 +63,21 @@ def pndm_runge_kutta(
                 x_stage = _move(levels, x, level, to, output, mixed)
                 output = _output(levels, x_stage, denoise(x_stage, to), to, mixed)
                 mean = mean + weight * output
-        step = Step(level, after, x, x0, _move(levels, x, level, after, mean, mixed))
-        yield step
+        yield (step := Step(level, after, x, x0, _move(levels, x, level, after, mean, mixed)))
         x = step.x_next
 
 
 def _adams(outputs: Sequence[Tensor]) -> Tensor:
-    weighted = [w * output for w, output in zip(_ADAMS[len(outputs) - 1], outputs, strict=True)]
-    return sum(weighted[1:], weighted[0])
+    return weighted_sum(*zip(_ADAMS[len(outputs) - 1], outputs, strict=True))
 
 
 def _output(levels: Levels, x: Tensor, x0: Tensor, level: Level, mixed: Mixed) -> Tensor:
     if mixed == "v":
-        return (level.alpha * x - x0) / level.sigma
-    return (x / levels.scale(level) - x0) / levels.position(level)  # the slope of y = x/scale over the position
+        return weighted_sum((level.alpha / level.sigma, x), (-1 / level.sigma, x0))
+    return levels.slope(level, x, x0)
 
 
 def _move(levels: Levels, x: Tensor, level: Level, after: Level, output: Tensor, mixed: Mixed) -> Tensor:
-    slope = level.alpha * output + level.sigma * x if mixed == "v" else output
-    change = levels.position(after) - levels.position(level)
-    return levels.scale(after) * (x / levels.scale(level) + change * slope)
+    h = levels.position(after) - levels.position(level)
+    slope = [(h * level.alpha, output), (h * level.sigma, x)] if mixed == "v" else [(h, output)]
+    return levels.along(level, after, x, slope)

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ldm.diffusion.levels import Level, Levels
+from ldm.diffusion.levels import Level, Levels, weighted_sum
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 Known = list[tuple[Tensor, float]]  # x0 and half log-SNR, newest first
@@ -33,8 +32,7 @@ def unipc(
             known = [(x0, float(level.log_snr) / 2), *known][:order]
         used = min(order, left, max(1, len(known)))
         newest = known[:used] if level.alpha > 0 else [(x0, -math.inf)]
-        step = Step(level, after, x, x0, _move(start, level, after, newest, variant))
-        yield step
+        yield (step := Step(level, after, x, x0, _move(start, level, after, newest, variant)))
         corrected, before, x = start, level, step.x_next
 
 
@@ -42,27 +40,32 @@ def _move(x: Tensor, level: Level, after: Level, known: Known, variant: str, x0_
     """From `level` to `after` through the known x0s; with x0 at `after` it is the corrector."""
     x0, here = known[0]
     shrink = after.sigma * level.alpha / (level.sigma * after.alpha)  # exp(-h), finite at both ends
-    x_next = after.sigma / level.sigma * x + after.alpha * (1 - shrink) * x0
-    others = [(other, at) for other, at in known[1:]]
-    if x0_after is not None:
-        others.append((x0_after, float(after.log_snr) / 2))
-    if not others:
-        return x_next
-    h = float(after.log_snr) / 2 - here
-    distances = [(at - here) / h for _, at in others]
-    scale = -h if variant == "bh1" else float(shrink) - 1
-    weights = [0.5] if len(others) == 1 else _weights(distances, h, scale)
-    for weight, distance, (other, _) in zip(weights, distances, others, strict=True):
-        x_next = x_next - after.alpha * scale * weight / distance * (other - x0)
-    return x_next
+    others = known[1:] if x0_after is None else [*known[1:], (x0_after, float(after.log_snr) / 2)]
+    changes = []  # the weight of each other x0 less the newest
+    if others:
+        h = float(after.log_snr) / 2 - here
+        distances = [(at - here) / h for _, at in others]
+        scale = -h if variant == "bh1" else float(shrink) - 1
+        weights = [0.5] if len(others) == 1 else _weights(distances, h, scale)
+        changes = [-after.alpha * scale * weight / d for weight, d in zip(weights, distances, strict=True)]
+    terms = [(change, other) for change, (other, _) in zip(changes, others, strict=True)]
+    return weighted_sum((after.sigma / level.sigma, x), (after.alpha * (1 - shrink) - sum(changes), x0), *terms)
 
 
 def _weights(distances: list[float], h: float, scale: float) -> list[float]:
     """The rows of Equation 6 solved for rho: powers of the distances against phi_{k+1}(-h) k! / B(-h)."""
-    rows, right, phi = [], [], math.expm1(-h) / -h - 1
+    right, phi = [], math.expm1(-h) / -h - 1
     for k in range(1, len(distances) + 1):
-        rows.append([d ** (k - 1) for d in distances])
         right.append(phi * math.factorial(k) / scale)
         phi = phi / -h - 1 / math.factorial(k + 1)
-    solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64))
-    return solved.tolist()
+    return _solved(distances, right)
+
+
+def _solved(nodes: list[float], right: list[float]) -> list[float]:
+    """Weights w with sum_j w_j nodes_j^k = right_k: each row less the one above times a node is free of that node."""
+    if len(nodes) == 1:
+        return right
+    *others, last = nodes
+    fewer = _solved(others, [row - last * above for above, row in pairwise(right)])
+    weights = [w / (node - last) for w, node in zip(fewer, others, strict=True)]
+    return [*weights, right[0] - sum(weights)]

@@ -1,0 +1,57 @@
+"""What a run of ours says of its model, for single files that do not: its config.yaml, and the tokenizer beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.errors import ConfigError
+from ldm.formats import known, schedulers
+from ldm.formats.content import PARTS, Checkpoint
+from ldm.formats.diffusers_folder import Described
+from ldm.formats.match import architecture, carries
+
+
+def file_of(place: Path) -> Path | None:
+    """The config.yaml that is meant by a run directory, a checkpoint folder or that file itself; None: neither."""
+    file = place / "config.yaml" if place.is_dir() else place
+    return file if file.is_file() and file.suffix in (".yaml", ".yml") else None
+
+
+def describe(file: Path) -> Described:
+    """Nodes, schedule and words of a run; latents in Stable Diffusion's units, as single files leave here.
+
+    ConfigError where it is no run's configuration, or of a model that single files do not hold.
+    """
+    try:
+        found: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={file} is not YAML ({str(error).splitlines()[0]}): give a run's own.") from error
+    if not isinstance(found, dict) or not isinstance(found.get("autoencoder"), dict):
+        raise ConfigError(f"config={file} has no autoencoder: give the config.yaml of a run, or a diffusers folder.")
+    parts = PARTS if found.get("module", "latent_diffusion") == "latent_diffusion" else {"vae": "autoencoder"}
+    nodes: dict[str, Any] = {}
+    for part, key in parts.items():
+        node = found.get(key) or {}
+        if not carries(node, part):
+            raise ConfigError(
+                f"config={file} has {key}={node.get('_target_')}: single files hold {architecture(part)} only. "
+                "Give the run that the file comes from, or its checkpoint folder as checkpoint=."
+            )
+        nodes[key] = {k: v for k, v in node.items() if k not in ("_convert_", "pretrained", "tokenizer")}
+    if "image_size" in found:
+        nodes["image_size"] = found["image_size"]
+    schedule = found.get("scheduler_config")
+    if schedule is None and "model" in nodes:
+        schedule = schedulers.scheduler_config(found["scheduler"], found["parameterization"])
+        if schedule is None:
+            raise ConfigError(
+                f"config={file} has a scheduler or target that single files cannot carry: give the run that the file "
+                "comes from, or its checkpoint folder as checkpoint=."
+            )
+    # A run keeps its words in its checkpoints, all the same ones; a checkpoint folder beside its own config.yaml.
+    words = [file.parent / "tokenizer", *sorted(file.parent.glob("checkpoints/step-*/tokenizer"))]
+    tokenizer = next((folder for folder in reversed(words) if folder.is_dir()), None)
+    return Described(Checkpoint(nodes, {}, schedule, tokenizer), known.SCALING)
