@@ -13,7 +13,9 @@ from tiny_training import Killed, Spy
 
 import ldm.training.run as training_run
 from ldm import Pipeline
+from ldm.adapters.content import Embedding, HypernetworkTensors, Lora, LowRank
 from ldm.errors import ConfigError
+from ldm.formats.adapters import write_adapter
 from ldm.pictures import from_pil
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import all_folders
@@ -137,7 +139,9 @@ def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictu
         assert draw(pipe).isfinite().all()
     run(tmp_path / "b", "finetune", "mine", *options)
     ours, theirs = tensors(stopped), tensors(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(v.nan_to_num(), theirs[k].nan_to_num()) for k, v in ours.items()
+    )
     assert [p.name for p in (stopped / "export").iterdir()] == ["step-00000005"]
 
 
@@ -152,10 +156,10 @@ def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, sd2_folder, pictures):  # noqa: F811
-    export, pipe = trained / "export/step-00000003", Pipeline.load(sd2_folder)
+def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noqa: F811
+    export, pipe = trained / "export/step-00000003", Pipeline.load(sd1_folder)
     before = draw(pipe, guidance=1.0)
-    for path in export.iterdir():
+    for path in of_stable_diffusion_2(tmp_path):
         with pytest.raises(ConfigError, match=r"load the base that it was trained on"):
             pipe.load_adapter(path)
     assert not pipe.adapters and torch.equal(draw(pipe, guidance=1.0), before)  # nothing is left hanging
@@ -176,6 +180,21 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, sd2_folder, pictu
         with pytest.raises(ConfigError, match=said):
             run(tmp_path, "finetune", "bad", *options)
         assert not (tmp_path / "outputs/bad").exists()
+
+
+def of_stable_diffusion_2(folder):
+    """Adapters for a text of 1024 numbers a token, as files."""
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    lora = Lora({layer: LowRank(torch.zeros(2, 1024), torch.zeros(32, 2), 2.0)})
+    state = {f"linear.{i}.{n}": torch.zeros(s) for i in (0, 1) for n, s in SHAPES[i].items()}
+    hypernetwork = HypernetworkTensors({1024: (state, state)}, activate_output=False)
+    contents = {"lora.safetensors": (lora, "kohya"), "word.pt": (Embedding("<2>", torch.zeros(1, 1024)), "a1111")}
+    for name, (content, format) in {**contents, "h.pt": (hypernetwork, "a1111")}.items():
+        write_adapter(content, folder / name, format)
+        yield folder / name
+
+
+SHAPES = [{"weight": (2048, 1024), "bias": (2048,)}, {"weight": (1024, 2048), "bias": (1024,)}]
 
 
 def draw_with(base, adapter, prompt):

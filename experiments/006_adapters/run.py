@@ -5,7 +5,7 @@
 mine: small purple stars, by a word of their own: a look that the model can draw and has no word for.
 heart: a figure that it never saw. Captions say the rest ("a large red WORD at the left on a grey background").
 Scores are shares of 128 pictures drawn from captions that were not among the 8, with their 95 % intervals:
-figure: the nearest textbook figure is the right one; all: colour, size, place and background, too; kept: every word right
+figure: the nearest textbook figure is the right one; all: colour, size, place, background, too; kept: every word right
 in 128 pictures of captions that the base was trained on. Writes results.csv and METHOD pictures; one thread.
 """
 

@@ -81,17 +81,19 @@ class Hypernetwork(Adapter):
             if isinstance(layer := getattr(module, f"to_{kind}", None), nn.Linear)
         }
         found = sorted({layer.in_features for layer in readers.values()})
-        for width in found if self.widths is None else self.widths:
-            if width not in found and self._given is None:
-                raise ConfigError(
-                    f"adapter.hypernetwork.widths has {width}, but this model's attentions read {found}: leave it out."
-                )
-            self.networks[str(width)] = nn.ModuleDict({kind: self._network(int(width)) for kind in "kv"})
-        if not any(int(width) in found for width in self.networks):
+        strangers = sorted(set(self.widths or ()) - set(found))
+        if strangers and self._given is None:
             raise ConfigError(
-                f"the hypernetwork is for contexts of {', '.join(self.networks) or 'no width'}, this model's "
-                f"attentions read {found} (Stable Diffusion 1: 768, 2: 1024): load the base that it was trained on."
+                f"adapter.hypernetwork.widths has {strangers[0]}, but this model's attentions read {found}: leave it "
+                "out."
             )
+        if strangers or not found:
+            raise ConfigError(
+                f"the hypernetwork is for contexts of {strangers} numbers, this model's attentions read {found} "
+                "(Stable Diffusion 1's text has 768, 2's 1024): load the base that it was trained on."
+            )
+        for width in found if self.widths is None else self.widths:
+            self.networks[str(width)] = nn.ModuleDict({kind: self._network(int(width)) for kind in "kv"})
         if self._given is not None:
             self._fill(self._given)
         device = next(network.parameters()).device
