@@ -16,8 +16,11 @@ from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
-TEXT_KEYS = ("prompt", "negative_prompt")
-PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask")
+TEXT_KEYS = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
+PATH_KEYS = (
+    *("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask"),
+    *("class_images", "class_shards"),
+)
 
 
 def main() -> None:
