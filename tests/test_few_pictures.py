@@ -111,7 +111,8 @@ def test_free_text_needs_no_quotes():
 @pytest.mark.slow
 def test_training_draws_captions_by_step_and_position_and_resumes_exactly(data, tmp_path, monkeypatch, read):
     overrides = [f"shards={data[2]}", "templates=object", "subject=sks star", "max_steps=4", "caption_dropout=0.0"]
-    settings = config(*overrides, "callbacks.checkpoints.every_n_steps=2", "accumulate=2")
+    quiet = ["callbacks.samples.every_n_steps=4", "callbacks.jump_to_x0=null", "callbacks.validation.every_n_steps=4"]
+    settings = config(*overrides, "callbacks.checkpoints.every_n_steps=2", "accumulate=2", *quiet)
     train_watched(settings, tmp_path / "whole", monkeypatch, Spy())
     texts = settings["templates"]["texts"]
     u = [uniform(0, "template", step, [2 * k, 2 * k + 1]).tolist() for step in range(4) for k in (0, 1)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.build import build
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
@@ -132,6 +133,8 @@ class Stages:
         if self.config.class_shards:
             self.made["prior"] = {"path": self.config.class_shards}
             return {}
+        if "prepare" in self.stages and not self.config.shards:
+            build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
         with alone(values["outputs"], "prior"):
             written = class_latents(values)
         print(written, flush=True)
