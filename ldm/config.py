@@ -49,6 +49,19 @@ class Root:
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
     output: str | None = key(None, "sample prepare encode evaluate check objective convert", "what the task writes")
+    subject: str | None = key(
+        None, "train", 'what templates= speak of, "sks dog": a rare word and what it is; free text'
+    )
+    instance_prompt: str | None = key(None, "train", 'one caption for all pictures, "a photo of sks dog"; free text')
+    class_prompt: str | None = key(
+        None, "train", 'caption of the class pictures of experiment=dreambooth, "a photo of a dog"; free text'
+    )
+    class_images: str | None = key(
+        None, "train", "folder of class pictures; missing ones are drawn into it; default: one under `outputs`/stages"
+    )
+    class_shards: str | None = key(None, "train", "latents of class pictures; default: what the stage prior made")
+    num_class_images: int = key(100, "train", "class pictures that are held against forgetting")
+    prior_weight: float = key(1.0, "train", "weight of the class pictures' loss beside the instance pictures'")
     image_size: int | None = key(None, "train prepare encode", "pixels a side; default: what prepare found out")
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
@@ -123,6 +136,7 @@ class Root:
     optimizer: Any = group("train", "optimizer")
     lr_scheduler: Any = group("train", "learning rate over steps")
     ema: Any = group("train", "averaged weights")
+    templates: Any = group("train", "captions drawn from sentences around subject=")
     masking: Any = group("train", "what an inpainting model learns to repaint")
     adapter: Any = group("train", "what is trained beside a frozen model, one or several: adapter=[lora]")
     trainer: Any = group("train", "Lightning's Trainer: devices, precision, strategy")
@@ -193,11 +207,14 @@ def check(config: DictConfig, task: str | None = None) -> None:
         problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
     if config.weights not in ("ema", "raw"):
         problems.append(f"weights={config.weights}: choose ema or raw.")
-    for name in ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images"):
+    counts = ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images")
+    for name in (*counts, "num_class_images"):
         if config[name] < 1:
             problems.append(f"{name}={config[name]}: must be at least 1.")
     if not 0 <= config.caption_dropout <= 1:
         problems.append(f"caption_dropout={config.caption_dropout}: must lie in [0, 1].")
+    if not config.prior_weight >= 0:
+        problems.append(f"prior_weight={config.prior_weight}: must be at least 0; 1 is usual.")
     for name, node in plain(config).items():
         if isinstance(node, Mapping) and name not in others:
             problems += check_node(str(name), node)

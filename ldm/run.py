@@ -16,9 +16,12 @@ from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
-TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt")
-TEXT_KEYS += ("adapter.textual_inversion.placeholder", "adapter.textual_inversion.initial_text")
-PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask")
+TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
+TEXT_KEYS += tuple(f"adapter.textual_inversion.{key}" for key in ("placeholder", "initial_text"))
+PATH_KEYS = (
+    *("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask"),
+    *("class_images", "class_shards"),
+)
 PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
 
 

@@ -23,6 +23,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ours to go on from, tiny, made in this process (tests/few.py). Never write in it."""
+    from few import make_base  # what it imports takes seconds
+
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
 def fifty(tmp_path_factory) -> Path:
     return dataset(tmp_path_factory.mktemp("data") / "fifty", 50)
 

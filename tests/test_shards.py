@@ -327,7 +327,8 @@ def test_splits_are_disjoint_complete_and_stable(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("n", "fraction", "expected"), [(1, 0.5, 0), (2, 0.02, 1), (5, 0, 0), (100_00, 0.5, 1024), (3, 1, 2)]
+    ("n", "fraction", "expected"),
+    [(1, 0.5, 0), (2, 0.02, 0), (24, 0.02, 0), (26, 0.02, 1), (5, 0, 0), (100_00, 0.5, 1024), (3, 1, 2)],
 )
 def test_validation_share(n: int, fraction: float, expected: int):
     assert validation_share([str(i).encode() for i in range(n)], fraction).sum() == expected

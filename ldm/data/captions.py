@@ -7,6 +7,14 @@ from typing import Any
 JSON_NAMES = ("caption", "text")
 
 
+# What to do where no picture has a caption.
+CAPTIONS_WANTED = (
+    "Captions go into NAME.txt beside NAME.jpg; or train with one for all pictures, "
+    'instance_prompt="a photo of sks dog", or with templates=object subject="sks dog" '
+    "(task=prepare: source.uncaptioned=true)."
+)
+
+
 class SampleError(ValueError):
     """One sample that cannot be used. `reason` is a few words to count by, the message is for the person."""
 

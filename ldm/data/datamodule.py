@@ -12,7 +12,7 @@ from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
 from ldm.data.plan import Geometry
 from ldm.data.reader import IndexedShards
 from ldm.data.samples import Batches, Stage, stages_for
-from ldm.data.shards import Shards, open_split
+from ldm.data.shards import Shards, open_split, split_names
 from ldm.data.stream import StreamLoader
 from ldm.data.transforms import CropImage, DecodeImage
 from ldm.errors import ConfigError
@@ -101,6 +101,11 @@ class ShardDataModule(L.LightningDataModule):
     @property
     def n_val(self) -> int:
         return len(self._validation() or ())
+
+    @property
+    def validates_on_training(self) -> bool:
+        """Whether the samples are so few that none is held out: validation then looks at those trained on."""
+        return self.mode == "index" and "val" not in split_names(self.shards or "", self.validation_fraction)
 
     @property
     def kind(self) -> str:

@@ -72,12 +72,13 @@ def uniforms(seed: int, purpose: str, *place: int) -> tuple[float, float, float,
 def validation_share(names: list[bytes], fraction: float, most: int = 1024) -> np.ndarray:
     """A mask of the samples held out: those whose names hash lowest, so that the order of files does not matter.
 
-    At least one and at most `most`; none of a single sample, and none with fraction 0.
+    The nearest whole number, at most `most` and never all of them. Where the share is less than half a sample it is
+    none: of few pictures every one is wanted for training.
     """
     mask = np.zeros(len(names), bool)
-    if fraction <= 0 or len(names) < 2:
+    count = min(round(len(names) * fraction), most, len(names) - 1)
+    if count < 1:
         return mask
     hashes = np.array([int.from_bytes(hashlib.blake2b(n, digest_size=8).digest(), "little") for n in names], np.uint64)
-    count = min(max(round(len(names) * fraction), 1), most, len(names) - 1)
     mask[np.argsort(hashes, kind="stable")[:count]] = True
     return mask

@@ -15,7 +15,7 @@ import webdataset as wds
 from ldm.data.captions import SampleError
 from ldm.data.plan import uniforms
 from ldm.data.reader import IndexedShards
-from ldm.data.shards import LATENT_FIELD, Shards
+from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards
 from ldm.data.threads import in_order
 from ldm.data.transforms import CropImage, DecodeImage, DecodeLatent, read_npy
 from ldm.errors import ConfigError
@@ -54,9 +54,10 @@ def stages_for(shards: Shards, image_size: int, crop: str, flip: bool, seed: int
         return [DecodeImage(image_size), CropImage(image_size, crop, flip, seed)], list(DecodeImage.fields)
     if crop != "centre":
         raise ConfigError("data.crop=random cannot be had from encoded latents: use data.crop=centre, or the images.")
-    if flip and "latent_flip.npy" not in shards.fields:
+    if flip and MIRRORED_FIELD not in shards.fields:
         raise ConfigError(
-            "data.flip=true needs the latents of mirrored images: encode with flip=true, or data.flip=false."
+            "data.flip=true needs the mirrored pictures' latents too, and these shards have none: encode the images "
+            "with task=encode data.flip=true, or leave data.flip=false."
         )
     return [DecodeLatent(latent_shape(shards), flip, seed)], list(DecodeLatent.fields)
 

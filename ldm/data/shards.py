@@ -24,6 +24,8 @@ FORMAT = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp")
 LATENT_FIELD = "latent.npy"
+MIRRORED_FIELD = "latent_flip.npy"  # the latent of the mirrored picture
+MOST_HELD_OUT = 1024
 MAX_MEMBER = 1 << 30  # a member above 1 GiB is no picture, and reading it would fill the memory
 _KEY_AND_FIELD = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
@@ -85,8 +87,9 @@ class _Descriptor:
 def open_split(path: str | os.PathLike[str], split: str = "train", validation_fraction: float = 0.02) -> Shards:
     """The samples of one split: the folder of that name, or the deterministic share of a folder that has none.
 
-    Without a val/ folder the samples whose keys hash lowest are held out, at least 1 and at most 1024: training and
-    validation never share a sample. A data set of one sample has no validation (an empty Shards).
+    Without a val/ folder the samples whose keys hash lowest are held out, at most 1024: training and validation never
+    share a sample. Where that share is none (few samples, or a fraction of 0) validation looks at the first of the
+    training samples: see `split_names`.
     """
     root = Path(path)
     own = (root / split).is_dir() and (split == "val" or (root / "val").is_dir())
@@ -95,8 +98,24 @@ def open_split(path: str | os.PathLike[str], split: str = "train", validation_fr
             raise ConfigError(f"{root} has no {split}/ folder: splits there: {', '.join(splits(root)) or 'none'}.")
         return open_shards(root / split)
     whole = open_shards(root / "train" if (root / "train").is_dir() else path)
-    held_out = plan.validation_share([bytes(key) for key in whole.index.keys], validation_fraction)
-    return whole.take(np.flatnonzero(held_out == (split == "val")), f"{split} {validation_fraction}")
+    held_out = _held_out(whole, validation_fraction)
+    wanted = held_out if split == "val" and held_out.any() else ~held_out
+    positions = np.flatnonzero(wanted)[: MOST_HELD_OUT if split == "val" else None]
+    return whole.take(positions, f"{split} {validation_fraction}")
+
+
+def split_names(path: str | os.PathLike[str], validation_fraction: float = 0.02) -> list[str]:
+    """The splits that a data set's samples lie in: its folders, and "val" where `open_split` would hold a share out."""
+    root = Path(path)
+    names = splits(root)
+    if "val" in names:
+        return names
+    whole = open_shards(root / "train" if "train" in names else path)
+    return sorted({*names, "train", *(["val"] if _held_out(whole, validation_fraction).any() else [])})
+
+
+def _held_out(whole: Shards, fraction: float) -> np.ndarray:
+    return plan.validation_share([bytes(key) for key in whole.index.keys], fraction, MOST_HELD_OUT)
 
 
 def splits(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm.data.captions import SampleError, caption_of
 from ldm.data.plan import uniforms
-from ldm.data.shards import IMAGE_FIELDS, LATENT_FIELD
+from ldm.data.shards import IMAGE_FIELDS, LATENT_FIELD, MIRRORED_FIELD
 from ldm.errors import ConfigError
 
 MAX_PIXELS = 64_000_000  # decoded, that is 192 MB; a 10 kB file can claim far more
@@ -170,7 +170,7 @@ class DecodeLatent:
     With `flip` the encoder must have stored the mirrored picture's latent too: the mirrored latent is another one.
     """
 
-    fields = (LATENT_FIELD, "latent_flip.npy", "txt", "json")
+    fields = (LATENT_FIELD, MIRRORED_FIELD, "txt", "json")
 
     def __init__(self, shape: tuple[int, ...] | None = None, flip: bool = False, seed: int = 0) -> None:
         self.shape, self.flip, self.seed = shape, flip, seed
@@ -178,7 +178,7 @@ class DecodeLatent:
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         name = LATENT_FIELD
         if self.flip and uniforms(self.seed, "crop", sample["__epoch__"], sample["__index__"])[2] < 0.5:
-            name = "latent_flip.npy"
+            name = MIRRORED_FIELD
         if name not in sample:
             raise SampleError("no latent", f"no {name}; present: {', '.join(f for f in sample if f[:2] != '__')}")
         latent = read_npy(sample[name])

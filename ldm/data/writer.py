@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ldm.data import tar
+from ldm.data.captions import CAPTIONS_WANTED
 from ldm.data.shards import FORMAT, INDEX, MANIFEST, content_fingerprint, read_manifest, scan_all
 from ldm.data.sources.item import Item, Reject
 from ldm.errors import ConfigError
@@ -87,7 +88,9 @@ def write_dataset(
             number += 1
         if not writers:
             shutil.rmtree(part)
-            raise ConfigError(f"nothing to write to {final}: {result.rejected.total()} rejected.{_reasons(result)}")
+            advice = f" {CAPTIONS_WANTED}" if {"no caption", "empty caption"} & result.rejected.keys() else ""
+            rejected = f"{result.rejected.total()} rejected.{_reasons(result)}{advice}"
+            raise ConfigError(f"nothing to write to {final}: {rejected}")
         result.facts = dict(facts() if callable(facts) else facts or {})
         for split, writer in writers.items():
             result.samples[split] = writer.finish(result.facts, identity)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from ldm.autoencoders.kl import Autoencoder
 from ldm.config import check, digest, plain
 from ldm.data.samples import sequential
-from ldm.data.shards import Shards, file_name, open_split, splits
+from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards, file_name, open_split, split_names
 from ldm.data.sources.item import Item, Reject
 from ldm.data.writer import Written, write_dataset
 from ldm.errors import ConfigError
@@ -37,14 +37,18 @@ def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 
 def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written:
-    """Latents (their moments, float16) with their captions, and the autoencoder's checkpoint beside them."""
+    """Latents (their moments, float16) with their captions, and the autoencoder's checkpoint beside them.
+
+    With data.flip=true the mirrored pictures' latents too: a mirrored latent is not the mirrored picture's.
+    """
     if not config["checkpoint"] or not config["shards"]:
         raise ConfigError("task=encode needs shards=PATH (of images) and checkpoint=RUN (a trained autoencoder).")
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
     autoencoder = parts.autoencoder.eval()
     autoencoder.latents.standardise(torch.zeros(1, len(autoencoder.latents.mean), 1, 1))  # refused when unmeasured
-    names = splits(Path(config["shards"])) or ["train", "val"]
-    data = {name: open_split(config["shards"], name) for name in names}
+    fraction, flip = config["data"]["validation_fraction"], config["data"]["flip"]
+    names = split_names(config["shards"], fraction)
+    data = {name: open_split(config["shards"], name, fraction) for name in names}
     size = config["image_size"] or data["train"].facts.get("image_size") or trained["image_size"]
     identity = {
         "images": {name: shards.fingerprint for name, shards in data.items()},
@@ -52,11 +56,13 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
         "weights": config["weights"],
         "image_size": size,
         "version": 1,
+        **({"flip": True} if flip else {}),
     }
     output = output or Path(config["outputs"]) / "stages" / f"latents-{digest(identity)}"
     facts = {**data["train"].facts, "image_size": size, "parent": str(Path(config["shards"]).resolve())}
     facts["autoencoder"] = identity["autoencoder"]
-    items = (i for name, shards in data.items() for i in _items(shards, name, autoencoder, size, config["batch_size"]))
+    encoded = (size, config["batch_size"], flip)
+    items = (i for name, shards in data.items() for i in _items(shards, name, autoencoder, *encoded))
     written = write_dataset(items, output, facts=facts, identity=identity)
     # The autoencoder that made the latents travels with them: decoding needs it, and no other fits.
     take_parts(folder, ["vae"], written.output / "autoencoder")
@@ -64,18 +70,28 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
 
 
 @torch.no_grad()
-def _items(shards: Shards, split: str, autoencoder: Autoencoder, size: int, batch_size: int) -> Iterator[Item | Reject]:
+def _items(
+    shards: Shards, split: str, autoencoder: Autoencoder, size: int, batch_size: int, flip: bool
+) -> Iterator[Item | Reject]:
+    def moments(images: torch.Tensor) -> np.ndarray:
+        return autoencoder.encode(images).moments().half().numpy()
+
     for batch, bad in sequential(shards, size, batch_size):
         yield from (Reject(b.key, b.error.reason, str(b.error)) for b in bad)
         if batch:
-            moments = autoencoder.encode(to_unit(batch["image"])).moments().half().numpy()
-            for key, caption, latent in zip(batch["key"], batch["caption"], moments, strict=True):
-                yield _item(key, caption, latent, split)
+            images = to_unit(batch["image"])
+            latents = {LATENT_FIELD: moments(images), **({MIRRORED_FIELD: moments(images.flip(-1))} if flip else {})}
+            for i, (key, caption) in enumerate(zip(batch["key"], batch["caption"], strict=True)):
+                yield _item(key, caption, {name: rows[i] for name, rows in latents.items()}, split)
 
 
-def _item(key: str, caption: str, latent: np.ndarray, split: str) -> Item | Reject:
-    if not np.isfinite(latent).all():
+def _item(key: str, caption: str, latents: dict[str, np.ndarray], split: str) -> Item | Reject:
+    if not all(np.isfinite(latent).all() for latent in latents.values()):
         return Reject(key, "latent outside float16")
+    return Item({**{k: _npy(v) for k, v in latents.items()}, "txt": caption.encode()}, split, key=file_name(key))
+
+
+def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, latent)
-    return Item({"latent.npy": buffer.getvalue(), "txt": caption.encode()}, split, key=file_name(key))
+    np.save(buffer, array)
+    return buffer.getvalue()

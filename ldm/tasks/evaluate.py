@@ -17,7 +17,7 @@ from ldm.config import check, digest, plain
 from ldm.data.captions import SampleError, caption_of
 from ldm.data.reader import IndexedShards
 from ldm.data.samples import sequential
-from ldm.data.shards import Shards, open_split, splits
+from ldm.data.shards import Shards, open_split, split_names
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
 from ldm.metrics.nearest import NearestTraining
@@ -108,7 +108,7 @@ def _image_shards(path: str | None) -> dict[str, Shards]:
     parent = Path(path) if first.kind == "image" else Path(first.facts.get("parent", ""))
     if not parent.is_dir():
         raise ConfigError(f"{path} holds latents, and their images are not at {parent} any more: give shards=PATH.")
-    return {name: open_split(parent, name) for name in (splits(parent) or ["train", "val"])}
+    return {name: open_split(parent, name) for name in dict.fromkeys([*split_names(parent), "val"])}
 
 
 def _pictures(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.build import build
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
@@ -18,20 +19,23 @@ from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
+from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
-from ldm.training.assemble import DIFFUSION_NODES, build_parts
+from ldm.training.assemble import DIFFUSION_NODES, build_parts, caption_templates
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import folder_name, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
 
-STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
+STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 
 
 def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
     check(config)
+    caption_templates(plain(config))  # refused before anything is read
+    check_prior(config)
     start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
@@ -145,10 +149,26 @@ class Stages:
         merged.stages = {}
         return merged
 
+    def prior(self, values: dict[str, Any]) -> dict[str, float]:
+        if self.config.class_shards:
+            self.made["prior"] = {"path": self.config.class_shards}
+            return {}
+        if "prepare" in self.stages and not self.config.shards:
+            build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
+        with alone(values["outputs"], "prior"):
+            written = class_latents(values)
+        print(written, flush=True)
+        self.found["class_shards"] = str(written.output)
+        self.made["prior"] = {"path": str(written.output), "samples": written.samples}
+        return {}
+
     def prepare(self, values: dict[str, Any]) -> dict[str, float]:
         if self.config.shards:  # they are there already
             self.made["prepare"] = {"path": self.config.shards}
             return {}
+        templates = caption_templates(values)
+        if templates is not None and not templates.needs_captions and "uncaptioned" in values["source"]:
+            values["source"]["uncaptioned"] = True
         with alone(values["outputs"], "prepare"):
             written = prepare_shards(values)
         print(written, flush=True)

@@ -17,10 +17,12 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
 from ldm.models.inputs import inpainting_channels
 from ldm.text.encoder import TextEncoder
+from ldm.text.templates import Templates, one_caption
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.checkpoints import State, find, load_parts, read_config
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import Recipe, TrainedModule
+from ldm.training.prior import PriorImages
 from ldm.training.randomness import Draws, seed_of
 
 Config = Mapping[str, Any]
@@ -162,8 +164,23 @@ def _widened(state: State, network: nn.Module) -> State:
     return {**state, name: torch.cat([state[name], zeros], dim=1)}
 
 
-def build_module(config: Config, parts: Parts) -> TrainedModule:
-    """The LightningModule of a configuration around its parts."""
+def caption_templates(config: Config) -> Templates | None:
+    """What captions are drawn from in place of the pictures' own; None: those. ConfigError for what cannot be both."""
+    prompt, templates = config.get("instance_prompt"), config.get("templates")
+    if prompt and templates:
+        raise ConfigError(
+            "instance_prompt= is one caption for all pictures, templates= draw it: leave one of them out."
+        )
+    if config.get("subject") and not templates:
+        raise ConfigError(
+            f"subject={config['subject']} is what templates speak of: add templates=object or templates=style, or give "
+            "the whole caption as instance_prompt=."
+        )
+    return one_caption(prompt) if prompt else build(templates, "templates")
+
+
+def build_module(config: Config, parts: Parts, prior: PriorImages | None = None) -> TrainedModule:
+    """The LightningModule of a configuration around its parts; `prior`: class pictures to train beside the others."""
     recipe = Recipe(
         build(config["optimizer"], "optimizer"),
         build(config["lr_scheduler"], "lr_scheduler"),
@@ -187,6 +204,8 @@ def build_module(config: Config, parts: Parts) -> TrainedModule:
         config["noises_per_image"],
         build(config.get("masking"), "masking"),
         parts.adapters,
+        caption_templates(config),
+        prior,
     )
 
 

@@ -25,9 +25,11 @@ from ldm.diffusion.weightings import Weighting
 from ldm.errors import ConfigError
 from ldm.pictures import curves
 from ldm.text.encoder import TextEncoder
+from ldm.text.templates import Templates
 from ldm.training.autoencoder import to_unit
 from ldm.training.masks import RandomMasks
 from ldm.training.module import Recipe, TrainedModule
+from ldm.training.prior import PriorImages
 from ldm.training.randomness import Draws, normal, stratified, uniform
 from ldm.training.totals import Totals, binned
 
@@ -54,6 +56,8 @@ class LatentDiffusion(TrainedModule):
         noises_per_image: int = 1,  # (t, eps) pairs for each encoded image
         masks: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
         adapters: Mapping[str, Adapter] | None = None,  # attached; where there are some, they alone are trained
+        templates: Templates | None = None,  # captions are drawn from them
+        prior: PriorImages | None = None,  # class pictures in every step beside the others, against forgetting
     ):
         super().__init__(recipe, draws)
         assert isinstance(denoiser.model, nn.Module)
@@ -71,7 +75,14 @@ class LatentDiffusion(TrainedModule):
             text_encoder.requires_grad_(False).eval()
         self.weighting, self.times = weighting, times
         self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
-        self.totals = Totals(["train/loss", *binned("train/loss_by_t")])
+        self.templates, self.prior = templates, prior
+        if masks is not None and prior is not None:
+            raise ConfigError(
+                "masking=random needs the pictures at every step, and class pictures are kept as latents: leave out "
+                "class_prompt= (experiment=inpaint), or masking=random."
+            )
+        watched = ["train/instance_loss", "train/prior_loss"] if prior is not None else []
+        self.totals = Totals(["train/loss", *watched, *binned("train/loss_by_t")])
 
     @property
     def trained_parts(self) -> list[str]:
@@ -135,6 +146,25 @@ class LatentDiffusion(TrainedModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_has_gradient):
             return self.text_encoder.encode(captions)
 
+    def described(self, captions: list[str]) -> list[str]:
+        """What validation and the pictures on the way go by: the first template."""
+        return captions if self.templates is None else self.templates.first(captions)
+
+    def _captions(self, captions: list[str], prefix: str, step: int, positions: list[int]) -> list[str]:
+        """Some captions become the empty one."""
+        dropped = uniform(self.draws.seed, f"{prefix}caption_dropout", step, positions) < self.caption_dropout
+        return ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
+
+    def _noise(self, shape: torch.Size, prefix: str, step: int, pairs: list[int]) -> tuple[Tensor, Tensor]:
+        """(B,) draws of times in (0, 1) and (B,C,h,w) noise."""
+        seed = self.draws.seed
+        if self.times.stratified:
+            total = self.draws.global_batch * self.noises_per_image
+            t_draws = stratified(seed, f"{prefix}times", step, pairs, total)
+        else:
+            t_draws = uniform(seed, f"{prefix}times", step, pairs)
+        return t_draws, normal(shape, seed, f"{prefix}noise", step, pairs)
+
     def loss(self, x0: Tensor, cond: Condition, t_draws: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) times; draws nothing."""
         level = self.times(t_draws, self.denoiser.scheduler)
@@ -143,23 +173,31 @@ class LatentDiffusion(TrainedModule):
         return losses, level.t
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        seed, step, n = self.draws.seed, self.global_step, self.noises_per_image
+        seed, step, n, prior = self.draws.seed, self.global_step, self.noises_per_image, self.prior
         captions = batch["caption"]
         positions = self.draws.positions(batch_idx, len(captions))
-        dropped = uniform(seed, "caption_dropout", step, positions) < self.caption_dropout
-        captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
-        x0 = self.latents(batch, "posterior", step, positions).repeat_interleave(n, dim=0)
-        cond = replace(self.condition(captions), concat=self.masked(batch, "mask", step, positions))
-        cond = cond.repeat_interleave(n)
+        if self.templates is not None:
+            captions = self.templates.drawn(captions, uniform(seed, "template", step, positions).tolist())
+        captions = self._captions(captions, "", step, positions)
+        x0 = self.latents(batch, "posterior", step, positions)
         pairs = [p * n + i for p in positions for i in range(n)]
-        if self.times.stratified:
-            t_draws = stratified(seed, "times", step, pairs, self.draws.global_batch * n)
-        else:
-            t_draws = uniform(seed, "times", step, pairs)
-        eps = normal(x0.shape[1:], seed, "noise", step, pairs).to(x0)
-        losses, t = self.loss(x0, cond, t_draws, eps)
+        t_draws, eps = self._noise(x0.shape[1:], "", step, pairs)
+        if prior is not None:  # the same of the class pictures, behind them in one batch
+            captions = captions + self._captions([prior.caption] * len(x0), "prior_", step, positions)
+            moments = prior.drawn(seed, step, positions).to(x0.device)
+            x0 = torch.cat([x0, self._sampled(self.autoencoder.posterior(moments), "prior_posterior", step, positions)])
+            prior_t, prior_eps = self._noise(x0.shape[1:], "prior_", step, pairs)
+            t_draws, eps = torch.cat([t_draws, prior_t]), torch.cat([eps, prior_eps])
+        cond = replace(self.condition(captions), concat=self.masked(batch, "mask", step, positions))
+        x0 = x0.repeat_interleave(n, dim=0)
+        losses, t = self.loss(x0, cond.repeat_interleave(n), t_draws, eps.to(x0))
+        self.totals.add_by_bin("train/loss_by_t", losses[: len(pairs)], t[: len(pairs)])
+        if prior is not None:  # Ruiz et al. 2023, equation 2
+            instance, kept = losses.chunk(2)
+            self.totals.add("train/instance_loss", instance)
+            self.totals.add("train/prior_loss", kept)
+            losses = instance + prior.weight * kept
         self.totals.add("train/loss", losses)
-        self.totals.add_by_bin("train/loss_by_t", losses, t)
         return losses.mean()
 
     def validation_names(self) -> list[str]:
@@ -171,7 +209,7 @@ class LatentDiffusion(TrainedModule):
         val/gaussian_loss is the smallest loss of whoever knows the latents' mean and variance only; what the model is
         below it, it has learnt about pictures.
         """
-        captions, seed = batch["caption"], self.draws.seed
+        captions, seed = self.described(batch["caption"]), self.draws.seed
         # The loader deals whole batches to ranks in turn, so the index is the sample's own.
         positions = batch["index"].tolist()
         x0 = self.latents(batch, "validation_posterior", 0, positions)

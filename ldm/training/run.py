@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,23 @@ from ldm.config import digest
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
+from ldm.text.templates import Templates
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
-from ldm.training.assemble import Parts, attach_adapters, build_module, build_parts, fill_parts, weight_seed
+from ldm.training.assemble import (
+    Parts,
+    attach_adapters,
+    build_module,
+    build_parts,
+    caption_templates,
+    fill_parts,
+    weight_seed,
+)
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, State, find, load_parts, newest, read_config, read_manifest
 from ldm.training.logging import RunLogger, silence_advertisements
+from ldm.training.module import TrainedModule
 from ldm.training.pretrained import check_pretrained, load_pretrained
+from ldm.training.prior import read_prior
 from ldm.training.run_directory import RunDirectory
 
 # What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
@@ -60,19 +72,24 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         check_pretrained(config, needs_autoencoder=not has_latents)
     data = _open_data(config)
     start = _starting_checkpoint(config, data)
+    of_diffusion = config["module"] == "latent_diffusion"
+    templates = caption_templates(config) if of_diffusion else None
+    prior = read_prior(config, start.get("latents", start.get("given"))) if of_diffusion else None
     tokenizer, words = None, start["given"] / "tokenizer" if "given" in start else None
     if config["module"] == "latent_diffusion" and words is not None and words.is_dir():
         tokenizer = _kept_words(start["given"], config["text_encoder"])
     elif config["module"] == "latent_diffusion" and _builds_vocabulary(config["text_encoder"]):
-        tokenizer = _tokenizer(data, config["text_encoder"])
+        tokenizer = _tokenizer(_captions(data, templates), config["text_encoder"])
     if config["module"] == "latent_diffusion" and "classes" in config["text_encoder"]:
-        config["text_encoder"]["classes"] = _classes(data, config["text_encoder"]["classes"])
+        config["text_encoder"]["classes"] = _classes(data, templates, config["text_encoder"]["classes"])
     identity = _identity(config, data, start)
+    identity |= {k: v.identity for k, v in (("templates", templates), ("prior", prior)) if v is not None}
     directory = RunDirectory(path_of(digest(identity)), config, identity)
     done = directory.status()
     if done.get("state") == "finished" and done["step"] >= config["max_steps"]:
         directory.check_identity()
         return Finished(directory.path, done["step"], False, done.get("metrics", {}))
+    _remark_on_few(data, templates)
     torch.manual_seed(weight_seed(config))
     parts = build_parts(config)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
@@ -80,7 +97,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     states = _fill_from_checkpoints(parts, start, config)
     load_pretrained(parts, set(states))
     attach_adapters(config, parts, states, start.get("given"))
-    return _fit(config, data, parts, directory)
+    return _fit(config, data, build_module(config, parts, prior), parts, directory)
 
 
 def _open_data(config: dict[str, Any]) -> ShardDataModule:
@@ -90,11 +107,38 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
     config["image_size"] = config["data"]["image_size"] = data.image_size
     if Path(config["shards"]).exists():  # a run is found again from any working directory
         config["shards"] = config["data"]["shards"] = str(Path(config["shards"]).resolve())
+    if config.get("class_shards"):
+        config["class_shards"] = str(Path(config["class_shards"]).resolve())
     if config["module"] == "autoencoder" and data.kind == "latent":
         raise ConfigError(
             f"shards={config['shards']} holds latents, an autoencoder trains on images: give those shards."
         )
     return data
+
+
+def _remark_on_few(data: ShardDataModule, templates: Templates | None) -> None:
+    """Says what so few pictures mean, on the first process."""
+    if data.mode != "index" or int(os.environ.get("RANK", 0)) > 0:
+        return
+    n, pictures = data.n_train, f"{data.n_train} picture{'s' if data.n_train > 1 else ''}"
+    if data.validates_on_training:
+        print(
+            f"{pictures}: all are trained on, and validation looks at the same ones (more pictures, or a larger "
+            "source.validation_fraction=, with shards= data.validation_fraction=, hold some out).",
+            flush=True,
+        )
+    if templates is not None and n < templates.usual[0]:
+        few, many = templates.usual
+        print(
+            f"warning: {pictures} of a {templates.learns}; {few} to {many} are usual, and fewer tend to be learnt by "
+            "heart: add some that differ in all but what is to be learnt.",
+            flush=True,
+        )
+
+
+def _captions(data: ShardDataModule, templates: Templates | None, split: str = "train") -> Iterator[str]:
+    """What the text encoder will read."""
+    return islice(data.captions(split) if templates is None else templates.all(data.captions(split)), CAPTIONS_READ)
 
 
 def _builds_vocabulary(node: dict[str, Any]) -> bool:
@@ -109,9 +153,9 @@ def _kept_words(checkpoint: Path, node: dict[str, Any]) -> CLIPTokenizer:
     return load_tokenizer(checkpoint / "tokenizer")
 
 
-def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
+def _tokenizer(read: Iterator[str], node: dict[str, Any]) -> CLIPTokenizer:
     """A tokenizer built from the training captions; the node's vocabulary and length become what they need."""
-    captions = list(islice(data.captions(), CAPTIONS_READ))
+    captions = list(read)
     tokenizer = build_tokenizer(captions, node["vocab_size"])
     longest = max((len(ids) for ids in tokenizer(captions)["input_ids"]), default=2)
     node["vocab_size"] = len(tokenizer)
@@ -119,9 +163,9 @@ def _tokenizer(data: ShardDataModule, node: dict[str, Any]) -> CLIPTokenizer:
     return tokenizer
 
 
-def _classes(data: ShardDataModule, given: list[str] | None) -> list[str]:
+def _classes(data: ShardDataModule, templates: Templates | None, given: list[str] | None) -> list[str]:
     """The class names: those given, or the distinct captions of the training data; no caption may be another."""
-    captions = {c for c in islice(data.captions(), CAPTIONS_READ) if c}
+    captions = {c for c in _captions(data, templates) if c}
     classes = sorted(captions) if given is None else given
     if len(classes) > MOST_CLASSES:
         raise ConfigError(
@@ -129,7 +173,7 @@ def _classes(data: ShardDataModule, given: list[str] | None) -> list[str]:
             "choose text_encoder=small, which reads their words, or name text_encoder.classes=[...]."
         )
     if data.mode == "index":
-        captions |= {c for c in islice(data.captions("val"), CAPTIONS_READ) if c}
+        captions |= {c for c in _captions(data, templates, "val") if c}
     strangers = sorted(captions - set(classes))
     if strangers:
         raise ConfigError(
@@ -193,9 +237,10 @@ def _check_same_autoencoder(latents: Path, given: Path) -> None:
         )
 
 
-def _fit(config: dict[str, Any], data: ShardDataModule, parts: Parts, directory: RunDirectory) -> Finished:
+def _fit(
+    config: dict[str, Any], data: ShardDataModule, module: TrainedModule, parts: Parts, directory: RunDirectory
+) -> Finished:
     silence_advertisements()
-    module = build_module(config, parts)
     first = int(os.environ.get("RANK", 0)) == 0
     trainer_node = _launched(dict(config["trainer"]))
     callbacks = [c for c in (build(node, "callbacks") for node in (config["callbacks"] or {}).values()) if c]

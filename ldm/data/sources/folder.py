@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.captions import SampleError, caption_of, decode_text
+from ldm.data.captions import CAPTIONS_WANTED, SampleError, caption_of, decode_text
 from ldm.data.plan import validation_share
 from ldm.data.sources.item import Item, Reject, image_item
 from ldm.data.threads import in_order
@@ -78,9 +78,7 @@ class FolderSource:
             for _ in self:
                 pass
         if not self._sides:
-            raise ConfigError(
-                f"no usable picture with a caption in {self.images}. Captions go into NAME.txt beside NAME.jpg."
-            )
+            raise ConfigError(f"no usable picture with a caption in {self.images}. {CAPTIONS_WANTED}")
         shorter = sorted(min(side) for side in self._sides)
         median = int(np.median(shorter))
         fitting = [size for size in SIZES if size <= min(median, self.max_image_size)]
@@ -116,10 +114,10 @@ class FolderSource:
         root = Path(self.images)
         if not root.is_dir():
             raise ConfigError(f"images={root}: no such folder. Give images= the path of a folder of pictures.")
-        files = [p for p in root.rglob("*") if p.suffix.lower().lstrip(".") in PICTURES and not p.name.startswith(".")]
+        files = pictures_in(root)
         if not files:
             raise ConfigError(f"images={root} holds no pictures ({', '.join(sorted(PICTURES))}). Give another folder.")
-        return root, sorted((p for p in files if p.is_file()), key=lambda p: os.fsencode(p))
+        return root, files
 
     def _metadata(self, root: Path) -> Path | None:
         if self.captions is not None:
@@ -159,6 +157,12 @@ class FolderSource:
             reason = "no caption" if caption is None else "empty caption"
             raise SampleError(reason, f"no {text.name}, no {record.name} with a caption, no line in a metadata file")
         return " ".join((caption or "").split())
+
+
+def pictures_in(root: Path) -> list[Path]:
+    """The files below a folder whose names end like pictures', sorted by their bytes; hidden ones are left out."""
+    files = (p for p in root.rglob("*") if p.suffix.lower().lstrip(".") in PICTURES and not p.name.startswith("."))
+    return sorted((p for p in files if p.is_file()), key=os.fsencode)
 
 
 def read_table(path: Path) -> dict[str, str]:

@@ -126,7 +126,7 @@ class Samples(_Pictures):
 
 def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDiffusion) -> tuple[Sampler, Request]:
     """What both callbacks draw: fixed prompts, one fixed seed a picture, at the size of the training images."""
-    prompts = list(callback.prompts or fixed_prompts(trainer, callback.num_prompts))
+    prompts = list(callback.prompts or module.described(fixed_prompts(trainer, callback.num_prompts)))
     size = trainer.datamodule.image_size  # type: ignore[attr-defined]
     image, mask = None, None
     if module.masks is not None:  # held-out pictures, repainted where the first masks of the validation are

@@ -1,0 +1,64 @@
+"""Class pictures that a run trains on beside its few own ones, against forgetting the class (Ruiz et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.samples import sequential
+from ldm.data.shards import open_split
+from ldm.errors import ConfigError
+from ldm.training.checkpoints import read_manifest
+from ldm.training.randomness import seed_of
+
+
+class PriorImages:
+    """What the base model draws of the class, as latents' moments in memory, with one caption.
+
+    The loss is mean(instance losses) + weight mean(class losses) (Ruiz et al. 2023, equation 2).
+    """
+
+    def __init__(self, moments: Tensor, caption: str, weight: float = 1.0, fingerprint: str = ""):  # (N,MC,h,w)
+        if len(moments) == 0:
+            raise ConfigError("there is no class picture: give num_class_images=100, or class_images=DIR with some.")
+        self.moments, self.caption, self.weight, self.fingerprint = moments, caption, weight, fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its part in a run's result."""
+        return {"fingerprint": self.fingerprint, "caption": self.caption, "weight": self.weight}
+
+    def drawn(self, seed: int, step: int, positions: Sequence[int]) -> Tensor:  # -> (B,MC,h,w)
+        """One picture a position of the global batch, a function of (seed, step, position) like all draws."""
+        return self.moments[[seed_of(seed, "prior", step, p) % len(self.moments) for p in positions]]
+
+
+def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImages | None:
+    """The first num_class_images of class_shards= in memory; None without them.
+
+    autoencoder: the checkpoint folder whose autoencoder the run speaks. ConfigError where the latents are another's.
+    """
+    path, prompt = config.get("class_shards"), config.get("class_prompt")
+    if not path:
+        return None
+    if not prompt:
+        raise ConfigError(f'class_shards={path} are pictures of a class: say which, class_prompt="a photo of a dog".')
+    shards = open_split(path, "train", 0.0)
+    if shards.kind != "latent":
+        raise ConfigError(f"class_shards={path} holds images: encode them, task=encode shards={path} checkpoint=BASE.")
+    maker, size = shards.facts.get("autoencoder"), shards.facts.get("image_size")
+    ours = read_manifest(autoencoder)["files"]["vae.safetensors"]["sha256"] if autoencoder is not None else maker
+    if maker != ours or size != config["image_size"]:
+        raise ConfigError(
+            f"class_shards={path} holds latents of another autoencoder, or of {size} pixels where the run has "
+            f"{config['image_size']}: leave class_shards= out (experiment=dreambooth makes them), or encode them again."
+        )
+    shards = shards.take(np.arange(min(len(shards), config["num_class_images"])), f"first {config['num_class_images']}")
+    rows = [batch["latent"] for batch, _ in sequential(shards, size, 64) if batch]
+    moments = torch.cat(rows) if rows else torch.empty(0)
+    return PriorImages(moments, prompt, config["prior_weight"], shards.fingerprint)
