@@ -176,6 +176,9 @@ def caption_templates(config: Config) -> Templates | None:
             f"subject={config['subject']} is what templates speak of: add templates=object or templates=style, or give "
             "the whole caption as instance_prompt=."
         )
+    word = ((config.get("adapter") or {}).get("textual_inversion") or {}).get("placeholder")
+    if templates and not templates.get("subject") and word:
+        templates = {**templates, "subject": word}  # what is learnt is what templates speak of
     return one_caption(prompt) if prompt else build(templates, "templates")
 
 

@@ -90,6 +90,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         directory.check_identity()
         return Finished(directory.path, done["step"], False, done.get("metrics", {}))
     _remark_on_few(data, templates)
+    if of_diffusion and "textual_inversion" in (config["adapter"] or {}):
+        _refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))
     torch.manual_seed(weight_seed(config))
     parts = build_parts(config)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
@@ -133,6 +135,15 @@ def _remark_on_few(data: ShardDataModule, templates: Templates | None) -> None:
             f"warning: {pictures} of a {templates.learns}; {few} to {many} are usual, and fewer tend to be learnt by "
             "heart: add some that differ in all but what is to be learnt.",
             flush=True,
+        )
+
+
+def _refuse_unsaid(word: str, captions: Iterator[str]) -> None:
+    """ConfigError where no caption has the new word: its vectors would never see a gradient."""
+    if not any(word.lower() in caption.lower() for caption in captions):
+        raise ConfigError(
+            f"no caption says {word}, the word that is to be learnt: train with templates=object (a thing) or "
+            f'templates=style (a manner), with instance_prompt="a photo of {word}", or write it into the captions.'
         )
 
 
