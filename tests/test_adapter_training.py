@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import here
+from commands import here, ldm
 from PIL import Image
 from test_finetune import getattr_, pictures, run, same  # noqa: F401
 from tiny_training import Killed, Spy
@@ -22,6 +22,7 @@ from ldm.training.checkpoints import all_folders
 from ldm.training.loading import load_any
 
 ALL = "adapter=[lora,textual_inversion,hypernetwork]"
+SAYS = 'instance_prompt="a photo of a <new> cat"'
 RATES = [f"adapter.{name}.lr=1e-2" for name in ("lora", "textual_inversion", "hypernetwork")]
 PROMPT = "a photo of a <new> cat"
 
@@ -33,7 +34,7 @@ def draw(pipe, prompt=PROMPT, **options):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, sd1_folder, pictures):  # noqa: F811
     folder = tmp_path_factory.mktemp("trained")
-    return run(folder, "finetune", "mine", f"checkpoint={sd1_folder}", f"images={pictures}", ALL, *RATES)
+    return run(folder, "finetune", "mine", f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, *RATES)
 
 
 @pytest.mark.slow
@@ -71,11 +72,11 @@ def test_a_model_with_a_lora_leaves_merged(trained, sd1_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(trained, sd1_folder, tmp_path):
+def test_a_fresh_process_draws_the_same(trained, sd1_folder, tmp_path):
     export = trained / "export/step-00000003"
     asked = [f"checkpoint={sd1_folder}", f"prompt={PROMPT}", "num_steps=3", "seed=1", "height=64", "width=64"]
     files = f"[{export}/mine.safetensors:0.5,{export}/new.safetensors]"
-    result = here("task=sample", *asked, f"adapters={files}", "output=drawn", cwd=tmp_path)
+    result = ldm("task=sample", *asked, f"adapters={files}", "output=drawn", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     pipe = Pipeline.load(sd1_folder)
     pipe.load_adapter(export / "mine.safetensors", 0.5)
@@ -122,7 +123,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("spy", [Spy(die_at=("backward", 3)), Signal()], ids=["killed", "interrupted"])
 def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictures, monkeypatch, spy):  # noqa: F811
-    options = [f"checkpoint={sd1_folder}", f"images={pictures}", ALL, *RATES, "max_steps=5", "ema=decay"]
+    options = [f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, *RATES, "max_steps=5", "ema=decay"]
     options += ["callbacks.checkpoints.every_n_steps=2", "adapter.lora.dropout=0.1", "adapter.lora.dora=true"]
     whole = run(tmp_path / "a", "finetune", "mine", *options)
     with monkeypatch.context() as patch:
@@ -149,7 +150,7 @@ def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictu
 def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
     """checkpoint=RUN with the same adapters begins where they are; without them it is refused, not forgotten."""
     still = [f"adapter.{name}.lr=0.0" for name in ("lora", "textual_inversion", "hypernetwork")]
-    again = run(tmp_path, "finetune", "again", f"checkpoint={trained}", f"images={pictures}", ALL, *still)
+    again = run(tmp_path, "finetune", "again", f"checkpoint={trained}", f"images={pictures}", SAYS, ALL, *still)
     assert torch.equal(draw(Pipeline.load(again)), draw(Pipeline.load(trained)))
     with pytest.raises(ConfigError, match=r"trained with an adapter.*adapter=\[hypernetwork,lora,textual_inversion\]"):
         run(tmp_path, "finetune", "whole", f"checkpoint={trained}", f"images={pictures}")
@@ -171,12 +172,13 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noq
     with pytest.raises(ConfigError, match=r"whole model without adapters|not an adapter"):
         pipe.load_adapter(sd1_folder)
     for bad, said in (
+        (SAYS.replace("<new>", "cat"), "no caption says <new>"),
         ("adapter.lora.rank=0", "at least 1"),
         ("adapter.textual_inversion.placeholder=cat", "ordinary word"),
         ("adapter.hypernetwork.widths=[5]", "attentions read"),
         ("adapter.lora.format=gguf", "kohya, peft"),
     ):
-        options = [f"checkpoint={sd1_folder}", f"images={pictures}", ALL, bad]
+        options = [f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, bad]
         with pytest.raises(ConfigError, match=said):
             run(tmp_path, "finetune", "bad", *options)
         assert not (tmp_path / "outputs/bad").exists()

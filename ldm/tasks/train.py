@@ -21,7 +21,7 @@ from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
-from ldm.training.assemble import DIFFUSION_NODES, build_parts, caption_templates
+from ldm.training.assemble import DIFFUSION_NODES, caption_templates, check_builds
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import folder_name, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
@@ -39,7 +39,7 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
-    build_parts(plain(config), device="meta")
+    check_builds(plain(config))
     return _trained(config, plain(config), arm).metrics
 
 
@@ -129,7 +129,7 @@ class Stages:
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
         for stage in self.stages:
             check(self.configured(stage))
-        build_parts(plain(self.configured(self.stages[-1])), device="meta")
+        check_builds(plain(self.configured(self.stages[-1])))
 
     def run(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

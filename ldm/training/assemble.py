@@ -127,6 +127,16 @@ def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], s
         parts.adapters[name] = adapter
 
 
+def check_builds(config: Config) -> None:
+    """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files."""
+    parts = build_parts(config, device="meta")
+    for name, node in (config.get("adapter") or {}).items():
+        adapter = build(node, f"adapter.{name}")
+        if parts.denoiser is not None and adapter.kind != "textual_inversion":  # that needs the words
+            assert isinstance(parts.denoiser.model, nn.Module) and parts.text_encoder is not None
+            adapter.attach(parts.denoiser.model, parts.text_encoder)
+
+
 def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, dict[str, Any], Path]:
     """Everything in a checkpoint folder (or the newest one of a run): parts, its configuration, the folder."""
     folder = find(checkpoint)
