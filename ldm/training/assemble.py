@@ -21,6 +21,7 @@ from ldm.training.checkpoints import State, find, load_parts, read_config
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.randomness import Draws, seed_of
+from ldm.training.solvers import training_solver
 
 Config = Mapping[str, Any]
 # The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
@@ -157,6 +158,7 @@ def build_module(config: Config, parts: Parts) -> TrainedModule:
         config["caption_dropout"],
         config["noises_per_image"],
         build(config.get("masking"), "masking"),
+        training_solver(config),
     )
 
 

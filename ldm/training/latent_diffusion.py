@@ -17,6 +17,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
 from ldm.diffusion.levels import right_pad
 from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.samplers.solver import Solver
 from ldm.diffusion.times import Times
 from ldm.diffusion.weightings import Weighting
 from ldm.errors import ConfigError
@@ -50,6 +51,7 @@ class LatentDiffusion(TrainedModule):
         caption_dropout: float = 0.1,  # share of captions replaced by "", which guidance needs
         noises_per_image: int = 1,  # (t, eps) pairs for each encoded image
         masks: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
+        solver: Solver | None = None,  # what its pictures are drawn with; None: the scheduler's own
     ):
         super().__init__(recipe, draws)
         assert isinstance(denoiser.model, nn.Module)
@@ -61,6 +63,7 @@ class LatentDiffusion(TrainedModule):
             text_encoder.requires_grad_(False).eval()
         self.weighting, self.times = weighting, times
         self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
+        self.solver = solver
         self.totals = Totals(["train/loss", *binned("train/loss_by_t")])
 
     @property
