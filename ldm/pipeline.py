@@ -13,20 +13,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.adapters.adapter import Adapter
-from ldm.build import build, read_node
-from ldm.config import conf_dir, nearest
 from ldm.data.transforms import to_rgb
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
-from ldm.formats import schedulers
 from ldm.pictures import from_pil, to_pil
 from ldm.sampling import Request, Sampler
 from ldm.text.prompts import Prompts
 from ldm.training.adapters import load_adapters
 from ldm.training.assemble import Parts
 from ldm.training.loading import Loaded, load_any, save_any
+from ldm.training.solvers import solver_of
 
 Picture = Image.Image | str | Path | Tensor
 Texts = str | Sequence[str]
@@ -191,22 +189,10 @@ class Pipeline:
         if sampler is not None and not isinstance(sampler, str | Path | dict):
             raise ConfigError(f"sampler must be a name or a YAML of conf/sampler, not {type(sampler).__name__}.")
         if isinstance(sampler, dict | Path) or (sampler and Path(sampler).suffix):  # a file may change between calls
-            return self._built(sampler)
+            return solver_of(sampler, self.scheduler_config)
         if (name := sampler or "") not in self._named:
-            self._named[name] = self._built(sampler)
+            self._named[name] = solver_of(sampler, self.scheduler_config)
         return self._named[name]
-
-    def _built(self, sampler: str | Path | dict[str, Any] | None) -> Solver | None:
-        options: dict[str, Any] = {}
-        if not sampler or sampler == "own":
-            if self.scheduler_config is None:
-                return None
-            sampler, options = schedulers.own_sampler(self.scheduler_config)
-        node = dict(sampler) if isinstance(sampler, dict) else _sampler_node(sampler)
-        node["solve"] = {**node["solve"], **options}
-        if self.scheduler_config is not None:
-            node = schedulers.adjusted(node, self.scheduler_config)
-        return build(node, "sampler")
 
     def save(self, path: str | Path, format: str = "ldm", dtype: str = "float32") -> None:
         """Writes the model as "ldm" (a checkpoint folder), "diffusers" (a folder) or "compvis" (.safetensors, .ckpt).
@@ -320,14 +306,3 @@ def _scaled(picture: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     if _size(picture) != size:
         picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return from_pil(picture)[None]
-
-
-def _sampler_node(sampler: str | Path) -> dict[str, Any]:
-    given, folder = Path(sampler), conf_dir() / "sampler"
-    path = given if given.suffix in (".yaml", ".yml") else folder / f"{sampler}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ConfigError(
-            f"sampler={sampler}: there is no such sampler.{nearest(str(sampler), names)} There is: {', '.join(names)}."
-        )
-    return read_node(path)

@@ -27,8 +27,8 @@ RATES = [f"adapter.{name}.lr=1e-2" for name in ("lora", "textual_inversion", "hy
 PROMPT = "a photo of a <new> cat"
 
 
-def draw(pipe, prompt=PROMPT, **options):
-    return pipe.sample(prompt, negative_prompt="a <new> dog", num_steps=3, seed=1, height=64, width=64, **options)
+def draw(pipe, prompt=PROMPT, negative="a <new> dog", **options):
+    return pipe.sample(prompt, negative, num_steps=3, seed=1, height=64, width=64, **options)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,9 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noq
     with pytest.raises(ConfigError, match=r"no weight of their own.*prompt_weights=true"):
         pipe.load_adapter(export / "new.safetensors", weight=0.5)
     pipe.load_adapter(export / "new.safetensors", token="<other>")
-    assert torch.equal(draw(pipe, "a <other> cat"), draw_with(sd1_folder, export / "new.safetensors", "a <new> cat"))
+    assert torch.equal(
+        draw(pipe, "a <other> cat", ""), draw_with(sd1_folder, export / "new.safetensors", "a <new> cat")
+    )
     with pytest.raises(ConfigError, match=r"whole model without adapters|not an adapter"):
         pipe.load_adapter(sd1_folder)
     for bad, said in (
@@ -202,4 +204,4 @@ SHAPES = [{"weight": (2048, 1024), "bias": (2048,)}, {"weight": (1024, 2048), "b
 def draw_with(base, adapter, prompt):
     pipe = Pipeline.load(base)
     pipe.load_adapter(adapter)
-    return draw(pipe, prompt).clone()
+    return draw(pipe, prompt, "").clone()

@@ -8,6 +8,11 @@ import torch
 from conf_nodes import build
 from draws import randn
 
+from ldm.build import build as build_node
+from ldm.build import read_node
+from ldm.config import conf_dir
+from ldm.formats.schedulers import adjusted
+
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SPACINGS = {
     "linspace": {"timestep_spacing": "linspace"},
@@ -76,12 +81,12 @@ def theirs(name, spacing, n, prediction, x, told):
     return path
 
 
-def ours(name, spacing, n, prediction, x, told, noise=None):
+def ours(name, spacing, n, prediction, x, told, noise=None, solver=None):
     base, _, order = name.partition(" ")
     options = {"order": int(order)} if order else {}
     if base.startswith("pndm") and prediction == "v_prediction":
         options["mixed"] = "v"
-    solver = build("sampler", base, solve=options)
+    solver = solver or build("sampler", base, solve=options)
     scheduler = build("scheduler", "scaled_linear")
     parameterization = build("parameterization", "eps" if prediction == "epsilon" else "v")
     levels = solver.levels(scheduler, n, spacing and build("grid", spacing))
@@ -123,3 +128,19 @@ def test_path(name, spacing, n, prediction):
     assert relative(path[-1], expected[-1]) < tolerance
     if len(path) == len(expected):
         assert max(relative(a, b) for a, b in zip(path, expected, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("name", ["lms", "euler", "heun", "dpm2"])
+@pytest.mark.parametrize("grid", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("times", ["leading", "trailing"])
+def test_grids_in_sigma_lie_between_the_ends_of_the_files_spacing(monkeypatch, name, grid, times):
+    said = SPACINGS[times] | SPACINGS[grid]
+    monkeypatch.setitem(SPACINGS, "said", said)
+    x, told = randn(2, 4, 4, 4).float(), []
+    expected = theirs(name, "said", 8, "epsilon", x, told)
+    node = adjusted(read_node(conf_dir() / "sampler" / f"{name}.yaml"), TABLE | said)
+    path, seen = ours(name, None, 8, "epsilon", x, told, solver=build_node(node))
+    whole, _ = ours(name, grid, 8, "epsilon", x, told)
+    assert seen == pytest.approx(told[: len(seen)], abs=2e-3)
+    assert relative(path[-1], expected[-1]) < 2e-5
+    assert relative(whole[-1], expected[-1]) > 1e-3, "the whole table's grid would be another"

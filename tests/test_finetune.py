@@ -1,5 +1,7 @@
 """Training that starts from somebody's checkpoint: the whole model goes on, or learns to repaint."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -11,6 +13,7 @@ from ldm.config import register
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.pictures import from_pil
+from ldm.sampling import Sampler
 from ldm.tasks.train import train
 from ldm.training.checkpoints import find, load_parts
 from ldm.training.loading import load_any
@@ -83,11 +86,21 @@ def same(a, b):
 
 
 @pytest.mark.slow
-def test_with_no_learning_rate_nothing_changes(tmp_path, sd1_folder, pictures):
-    """Through our checkpoint, the trainer and the export: the published tensors come out bit for bit."""
+def test_with_no_learning_rate_nothing_changes(tmp_path, sd1_folder, pictures, monkeypatch):
+    """Through our checkpoint, the trainer and the export: the published tensors come out bit for bit.
+
+    The pictures of training are those that the checkpoint's own scheduler draws.
+    """
+    drawn, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda s, r: drawn.append((r, sample(s, r))) or drawn[-1][1])
     out = run(tmp_path, "finetune", "still", f"checkpoint={sd1_folder}", f"images={pictures}", "optimizer.lr=0.0")
     base, after = load_any(sd1_folder), load_any(out / "export/step-00000003.safetensors", config=sd1_folder)
     assert all(same(getattr_(base, part), getattr_(after, part)) for part in ("unet", "vae", "text_encoder"))
+    monkeypatch.undo()
+    pipe, (request, images) = Pipeline.load(sd1_folder), drawn[-1]
+    own, ours = (pipe.sampler.sample(replace(request, solver=s)) for s in (pipe.solver(None), None))
+    torch.testing.assert_close(images, own, atol=1e-5, rtol=0)
+    assert (own - ours).abs().max() > 0.01
 
 
 @pytest.mark.slow

@@ -50,7 +50,6 @@ NOT_CHECKPOINTS = [
     ),
     ({"conditioner.embedders.0.x": ONE, "model.diffusion_model.out.2.weight": ONE}, "other", "Stable Diffusion XL"),
     ({"model.diffusion_model.joint_blocks.0.x_block.y": ONE}, "other", "Stable Diffusion 3"),
-    ({"quantize.embedding.weight": ONE, "decoder.conv_in.weight": ONE}, "other", "a VQ autoencoder"),
     ({"down_blocks.0.resnets.0.conv1.weight": ONE}, "other", "a U-Net's weights alone.*give the folder"),
     ({"text_model.embeddings.token_embedding.weight": ONE}, "other", "a text encoder's weights alone.*give the folder"),
     ({"banana": ONE}, "other", "of no known kind: its entries are called banana"),

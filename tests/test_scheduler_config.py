@@ -187,14 +187,3 @@ def test_tables_and_targets_that_we_do_not_have(changes, words):
 def test_samplers_that_we_do_not_have(config, words):
     with pytest.raises(ConfigError, match=words):
         own_sampler(TABLE | config)
-
-
-def test_sigma_grids_within_a_cut_table_are_refused_where_they_would_be_others():
-    for name, key in (("EulerDiscreteScheduler", "use_karras_sigmas"), ("LMSDiscreteScheduler", "use_beta_sigmas")):
-        config = TABLE | {"_class_name": name, key: True, "timestep_spacing": "leading"}
-        with pytest.raises(ConfigError, match=rf"{key} between the ends of timestep_spacing=leading.*grid="):
-            sampler_node(config)
-        assert sampler_node(config, "ddim")["spacing"]["_target_"].endswith("leading"), "another sampler is the way out"
-        assert sampler_node(config | {"timestep_spacing": "linspace"})["spacing"]["_target_"].endswith(
-            key.removeprefix("use_").removesuffix("_sigmas")
-        )

@@ -58,30 +58,32 @@ def trailing(scheduler: Scheduler, num_steps: int) -> list[float]:
     return [1 - i / num_steps for i in range(num_steps)]
 
 
-def karras(scheduler: Scheduler, num_steps: int, rho: float = 7.0) -> Positions:
-    """sigma^(1/rho) evenly spaced over the scheduler's range (Karras et al. 2022, Equation 5)."""
-    low, high = (v ** (1 / rho) for v in _range(scheduler))
+def karras(scheduler: Scheduler, num_steps: int, rho: float = 7.0, ends: Spacing | None = None) -> Positions:
+    """sigma^(1/rho) evenly spaced (Karras et al. 2022, Equation 5) over the scheduler's range, or that of `ends`."""
+    low, high = (v ** (1 / rho) for v in _range(scheduler, num_steps, ends))
     return Positions((high + (low - high) * f) ** rho for f in _fractions(num_steps))
 
 
-def logsnr(scheduler: Scheduler, num_steps: int) -> Positions:
-    """log sigma evenly spaced over the scheduler's range (Lu et al. 2022, Section 3.4)."""
-    low, high = (math.log(v) for v in _range(scheduler))
+def logsnr(scheduler: Scheduler, num_steps: int, ends: Spacing | None = None) -> Positions:
+    """log sigma evenly spaced (Lu et al. 2022, Section 3.4) over the scheduler's range, or that of `ends`."""
+    low, high = (math.log(v) for v in _range(scheduler, num_steps, ends))
     return Positions(math.exp(high + (low - high) * f) for f in _fractions(num_steps))
 
 
-def exponential(scheduler: Scheduler, num_steps: int) -> Positions:
+def exponential(scheduler: Scheduler, num_steps: int, ends: Spacing | None = None) -> Positions:
     """The sigmas of `logsnr`; whole timesteps are cut off instead of rounded, as published samplers have it."""
-    return Positions(logsnr(scheduler, num_steps), math.floor)
+    return Positions(logsnr(scheduler, num_steps, ends), math.floor)
 
 
-def beta(scheduler: Scheduler, num_steps: int, a: float = 0.6, b: float = 0.6) -> Positions:
+def beta(
+    scheduler: Scheduler, num_steps: int, a: float = 0.6, b: float = 0.6, ends: Spacing | None = None
+) -> Positions:
     """sigma at even quantiles of a Beta(a, b) over the scheduler's range (Lee et al. 2024): more steps at both ends."""
     try:
         from scipy.stats import beta as distribution
     except ImportError as error:
         raise ConfigError("grid=beta needs scipy: pip install 'ldm[beta]', or use grid=karras.") from error
-    low, high = _range(scheduler)
+    low, high = _range(scheduler, num_steps, ends)
     quantiles = (float(distribution.ppf(1 - f, a, b)) for f in _fractions(num_steps))
     return Positions((low + (high - low) * q for q in quantiles), math.floor)
 
@@ -108,7 +110,7 @@ def geometric(scheduler: Scheduler, num_steps: int, ratio: float = 0.9) -> Posit
         )
     if not 0 < ratio < 1:
         raise ConfigError(f"ratio={ratio} must be within 0 and 1, for example 0.9.")
-    return Positions(_range(scheduler)[1] * ratio**i for i in range(num_steps))
+    return Positions(_range(scheduler, num_steps)[1] * ratio**i for i in range(num_steps))
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,9 @@ def _fractions(num_steps: int) -> list[float]:
     return [i / max(1, num_steps - 1) for i in range(num_steps)]
 
 
-def _range(scheduler: Scheduler) -> tuple[float, float]:
-    """The positions of the least and the most noisy entry, finite and above 0."""
+def _range(scheduler: Scheduler, num_steps: int, ends: Spacing | None = None) -> tuple[float, float]:
+    """The positions of the least and most noisy entry, or of the last and first point of `ends`; finite, above 0."""
     first = max(scheduler.first_time, 1e-9) if scheduler.coordinate == "sigma" else scheduler.first_time
-    low, top = scheduler.level(first), scheduler.level(1.0)
-    ends = [float(level.position(scheduler.coordinate)) for level in (low, top)]
-    return ends[0], ends[1] if math.isfinite(ends[1]) else _NEARLY_PURE_NOISE
+    times = [1.0, first] if ends is None else ends(scheduler, num_steps)
+    low, top = (float(scheduler.level(t).position(scheduler.coordinate)) for t in (times[-1], times[0]))
+    return low, top if math.isfinite(top) else _NEARLY_PURE_NOISE

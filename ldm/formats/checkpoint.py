@@ -109,7 +109,8 @@ def _check(checkpoint: Checkpoint, format: str) -> None:
         node = checkpoint.config.get(key)
         if node is None or part not in checkpoint.states:
             continue
-        if not carries(node, part):
+        alone = format == "compvis" and set(checkpoint.states) == {"vae"}  # VQ autoencoders are published so
+        if not carries(node, part, vq=alone):
             raise ConfigError(
                 f"format={format} cannot carry {key}={node.get('_target_')}: it knows {architecture(part)} only. "
                 "Use format=ldm."

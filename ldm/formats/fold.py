@@ -44,14 +44,16 @@ def folded(vae: State, scaling: float) -> State:
     """The same autoencoder with mean 0 and scale 1/scaling: standardised latents, encoder and decoder are unchanged.
 
     z' = (z - m) / (k s): quant_conv's mean' = (mean - m) / (k s), logvar' = logvar - 2 log(k s); post_quant_conv's
-    W' = W diag(k s), b' = b + W m; k = scaling. In float64, so that each number is rounded once.
+    W' = W diag(k s), b' = b + W m; k = scaling. A codebook follows z: with one scale for all
+    channels, as VQModel has it, the nearest code stays the nearest. In float64, so that each number is rounded once.
     """
     mean, scale = vae["latents.mean"].double(), vae["latents.scale"].double() * scaling
     channels = len(mean)
     weight, bias = vae["quant_conv.weight"].double().clone(), vae["quant_conv.bias"].double().clone()
     weight[:channels] /= _rows(scale)
     bias[:channels] = (bias[:channels] - mean) / scale
-    bias[channels:] -= 2 * scale.log()
+    if len(bias) > channels:  # a KL autoencoder's log-variances
+        bias[channels:] -= 2 * scale.log()
     back = vae["post_quant_conv.weight"].double()
     changed = {
         "quant_conv.weight": weight,
@@ -61,6 +63,8 @@ def folded(vae: State, scaling: float) -> State:
         "latents.mean": torch.zeros_like(mean),
         "latents.scale": torch.full_like(mean, 1 / scaling),
     }
+    if "quantize.embedding.weight" in vae:
+        changed["quantize.embedding.weight"] = (vae["quantize.embedding.weight"].double() - mean) / scale
     return vae | {k: v.to(torch.float32) for k, v in changed.items()}
 
 

@@ -65,11 +65,6 @@ _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
         "other",
         "a transformer (Stable Diffusion 3, Flux or their like), not a U-Net. Stable Diffusion 1 and 2 are read.",
     ),
-    (
-        re.compile(r"(first_stage_model\.)?quantize\.").match,
-        "other",
-        "or holds a VQ autoencoder: only KL autoencoders are read. Use format=ldm for those trained here.",
-    ),
     (re.compile(r"model\.diffusion_model\.").match, "compvis", ""),
     (re.compile(r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)").match, "vae", ""),
     (

@@ -25,6 +25,9 @@ UNETS: dict[tuple[tuple[int, ...], int | None], dict[str, Any]] = {
 AUTOENCODERS: dict[tuple[tuple[int, ...], int], dict[str, Any]] = {
     ((128, 256, 512), 3): {"norm_groups": 32},  # f4
     (AUTOENCODER, 4): {"norm_groups": 32},  # f8, Stable Diffusion's
+    ((128, 256, 256, 512), 4): {"norm_groups": 32},  # VQ-f8 (VQ-f4 has f4's sizes)
+    ((128, 128, 256, 256, 512), 8): {"norm_groups": 32},  # VQ-f16
+    ((128, 128, 256, 256, 512), 256): {"norm_groups": 32},  # VQGAN f16 (Esser et al. 2021)
     ((128, 128, 256, 256, 512), 16): {"norm_groups": 32},  # f16
     ((128, 128, 256, 256, 512, 512), 64): {"norm_groups": 32},  # f32
 }

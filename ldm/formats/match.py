@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoders.kl import AutoencoderKL
+from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
 from ldm.formats.content import Node, State
 from ldm.formats.open import float32
@@ -19,10 +20,12 @@ from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.small import SmallTextEncoder
 
+VQ = "ldm.autoencoders.vq.VQModel"
 UNET, AUTOENCODER, TEXT = "ldm.models.unet.UNet", "ldm.autoencoders.kl.AutoencoderKL", "ldm.text.clip.CLIPText"
 CLASSES: dict[str, type[torch.nn.Module]] = {
     UNET: UNet,
     AUTOENCODER: AutoencoderKL,
+    VQ: VQModel,
     TEXT: CLIPText,
     "ldm.text.small.SmallTextEncoder": SmallTextEncoder,
 }
@@ -51,9 +54,14 @@ def settings(node: Node, part: str) -> dict[str, Any]:
     return found | {k: v for k, v in node.items() if not k.startswith("_")}
 
 
-def carries(node: Node, part: str) -> bool:
-    """Whether a node is of the one architecture that other programs' formats know for this part."""
+def carries(node: Node, part: str, vq: bool = False) -> bool:
+    """Whether a node is of the one architecture that other programs' formats know for this part.
+
+    vq: the format has VQ autoencoders too.
+    """
     kind = CLASSES.get(node.get("_target_", ""))
+    if kind is VQModel:
+        return vq and part == "vae"
     return kind is not None and issubclass(kind, CLASSES[TARGETS[part]])
 
 

@@ -35,7 +35,7 @@ def describe(file: Path) -> Described:
     nodes: dict[str, Any] = {}
     for part, key in parts.items():
         node = found.get(key) or {}
-        if not carries(node, part):
+        if not carries(node, part, vq=set(parts) == {"vae"}):
             raise ConfigError(
                 f"config={file} has {key}={node.get('_target_')}: single files hold {architecture(part)} only. "
                 "Give the run that the file comes from, or its checkpoint folder as checkpoint=."

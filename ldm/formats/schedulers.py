@@ -129,12 +129,9 @@ def adjusted(sampler: Node, config: Mapping[str, Any]) -> Node:
                 conventions["start"] = "one"
         for key, grid in _POSITIONS.items():
             if config.get(key) and not in_time:
-                if spacing not in (None, "linspace") and not conventions.get("extra_point"):
-                    raise ConfigError(
-                        f"the checkpoint's scheduler has {key} between the ends of timestep_spacing={spacing}; ldm has "
-                        f"them over the whole table only: choose sampler={function} grid={grid}."
-                    )
-                node["spacing"] = _grid(grid)
+                # The DPM-Solver family (extra_point) goes over the whole table, Euler's between its spacing's ends.
+                whole = spacing in (None, "linspace") or conventions.get("extra_point")
+                node["spacing"] = _grid(grid) | ({} if whole else {"ends": node["spacing"]})
     if function.startswith("pndm") or ends_by_choice:
         # diffusers' class PNDM ends at the table's first entry where the file does not say, DDIM at no noise.
         to_one = config.get("set_alpha_to_one", function == "ddim")

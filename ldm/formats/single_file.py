@@ -18,7 +18,7 @@ from ldm.errors import ConfigError
 from ldm.formats import fold, known, sizes, text_keys, unet_keys, vae_keys
 from ldm.formats.content import PARTS, Checkpoint, Node, State
 from ldm.formats.diffusers_folder import Described
-from ldm.formats.match import TARGETS, expected, filled, match, settings
+from ldm.formats.match import TARGETS, VQ, expected, filled, match, settings
 from ldm.formats.open import Opened
 
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
@@ -73,7 +73,7 @@ def add_vae(
     key = (tuple(found["block_channels"]), found["latent_channels"])
     node = _complete(found, known.AUTOENCODERS.get(key), given, "vae", source)
     wanted = expected(node)
-    stable_diffusion = key == (known.AUTOENCODER, 4)
+    stable_diffusion = key == (known.AUTOENCODER, 4) and node["_target_"] != VQ
     scaling, shift = (given.scaling, given.shift) if given else (known.SCALING if stable_diffusion else None, None)
     if scale_factor is not None:
         scaling = float(scale_factor)
@@ -115,7 +115,7 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
 
 
 # A folder that differs in these is of another model.
-_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection")
+_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection", "codebook_size")
 
 
 def _complete(
@@ -127,10 +127,10 @@ def _complete(
     if node is not None:
         said = _says(node, part)
         for name in _SAME:
-            if name in found and found[name] != said[name]:
+            if name in found and found[name] != said.get(name):
                 raise ConfigError(
-                    f"{source} has {key}.{name}={found[name]}, but config= says {said[name]}: it is another model's. "
-                    "Give the diffusers folder of the same model."
+                    f"{source} has {key}.{name}={found[name]}, but config= says {said.get(name)}: it is another "
+                    "model's. Give the diffusers folder of the same model."
                 )
         return {**node, **found}
     if rest is None:
@@ -188,10 +188,11 @@ def to_compvis(checkpoint: Checkpoint) -> State:
     """All tensors in CompVis' names; an autoencoder alone without the prefix, as such files are published.
 
     Latents leave in Stable Diffusion's units: these files have no place for others, so all readers take them for those.
+    Nobody scales those of VQ autoencoders: they leave in units of 1.
     """
-    vae = checkpoint.states["vae"]
-    if fold.scaling_factor(vae) != known.SCALING:
-        vae = fold.folded(vae, known.SCALING)
+    vae, units = checkpoint.states["vae"], scaling_of(checkpoint)
+    if units is not None and fold.scaling_factor(vae) != units:
+        vae = fold.folded(vae, units)
     if set(checkpoint.states) == {"vae"}:
         return vae_keys.to_compvis(vae)
     found = {vae_keys.PREFIX + k: v for k, v in vae_keys.to_compvis(vae).items()}
@@ -201,6 +202,13 @@ def to_compvis(checkpoint: Checkpoint) -> State:
     if is_openclip(checkpoint):
         return found | {text_keys.OPENCLIP + k: v for k, v in text_keys.to_openclip(text).items()}
     return found | {text_keys.CLIP + k: v for k, v in text.items()}
+
+
+def scaling_of(checkpoint: Checkpoint) -> float | None:
+    """The scaling factor of the latents in a file: Stable Diffusion's; 1 or unmeasured (None) for VQ autoencoders."""
+    if checkpoint.config["autoencoder"]["_target_"] != VQ:
+        return known.SCALING
+    return 1.0 if bool(checkpoint.states["vae"]["latents.scale"].isfinite().all()) else None
 
 
 def is_openclip(checkpoint: Checkpoint) -> bool:
@@ -225,7 +233,8 @@ def found_again(checkpoint: Checkpoint, tensors: State, step: int | None) -> boo
         mine, theirs = _says(checkpoint.config[key], part), _says(again.config[key], part)
         if any(mine[k] != theirs[k] for k in mine if k in theirs):
             return False
-    if not again.states["vae"]["latents.scale"].isfinite().all():  # a first stage whose units nobody knows
+    one, other = (c.states["vae"]["latents.scale"].isfinite().all() for c in (checkpoint, again))
+    if one != other:  # a first stage whose units nobody knows
         return False
     return alone or _schedule(checkpoint.scheduler_config) == _schedule(again.scheduler_config)
 

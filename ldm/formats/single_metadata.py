@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.formats import known
+from ldm.formats import known, single_file
 from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.match import carries
@@ -23,7 +23,9 @@ _WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 def pack(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata of the file. The tokenizer travels unless it is CLIP's published one, which everybody has."""
     nodes = {key: _portable(checkpoint.config[key]) for key in KEYS if key in checkpoint.config}
-    found = {"format": "pt", CONFIG: json.dumps(nodes), "ldm.scaling_factor": str(known.SCALING)}
+    found = {"format": "pt", CONFIG: json.dumps(nodes)}
+    if (scaling := single_file.scaling_of(checkpoint)) is not None:
+        found["ldm.scaling_factor"] = str(scaling)
     if checkpoint.scheduler_config is not None:
         found[SCHEDULER] = json.dumps(checkpoint.scheduler_config)
         prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
@@ -55,8 +57,8 @@ def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
         config: dict[str, Any] = {k: v for k, v in json.loads(metadata[CONFIG]).items() if k in KEYS}
         schedule = json.loads(metadata[SCHEDULER]) if SCHEDULER in metadata else None
         words: dict[str, str] = json.loads(metadata[WORDS]) if WORDS in metadata else {}
-        scaling = float(metadata["ldm.scaling_factor"])
-        strange = [key for part, key in PARTS.items() if key in config and not carries(config[key], part)]
+        scaling = float(metadata["ldm.scaling_factor"]) if "ldm.scaling_factor" in metadata else None
+        strange = [key for part, key in PARTS.items() if key in config and not carries(config[key], part, vq=True)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{source}: its metadata of ldm's cannot be read ({error!r}). Fetch the file again."

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.formats.match import VQ
 
 
 def unet(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def unet(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def autoencoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of a KL autoencoder in our names, whole. ConfigError where they are not one's."""
+    """Of a KL or VQ autoencoder in our names, whole. ConfigError where they are not one's."""
     _require(
         ours, {f"{name}.weight": 4 for name in ("encoder.conv_in", "post_quant_conv", "quant_conv")}, "autoencoder"
     )
@@ -68,6 +69,8 @@ def autoencoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
         "layers_per_block": layers,
         "mid_attention": "encoder.mid_block.attentions.0.group_norm.weight" in ours,
     }
+    if "quantize.embedding.weight" in ours:
+        node |= {"_target_": VQ, "codebook_size": len(ours["quantize.embedding.weight"])}
     return node | ({"attention_levels": attends} if any(attends) else {})
 
 

@@ -24,6 +24,7 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.prior import PriorImages
 from ldm.training.randomness import Draws, seed_of
+from ldm.training.solvers import training_solver
 
 Config = Mapping[str, Any]
 # The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
@@ -219,6 +220,7 @@ def build_module(config: Config, parts: Parts, prior: PriorImages | None = None)
         parts.adapters,
         caption_templates(config),
         prior,
+        training_solver(config),
     )
 
 

@@ -20,6 +20,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
 from ldm.diffusion.levels import right_pad
 from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.samplers.solver import Solver
 from ldm.diffusion.times import Times
 from ldm.diffusion.weightings import Weighting
 from ldm.errors import ConfigError
@@ -58,6 +59,7 @@ class LatentDiffusion(TrainedModule):
         adapters: Mapping[str, Adapter] | None = None,  # attached; where there are some, they alone are trained
         templates: Templates | None = None,  # captions are drawn from them
         prior: PriorImages | None = None,  # class pictures in every step beside the others, against forgetting
+        solver: Solver | None = None,  # what its pictures are drawn with; None: the scheduler's own
     ):
         super().__init__(recipe, draws)
         assert isinstance(denoiser.model, nn.Module)
@@ -75,7 +77,7 @@ class LatentDiffusion(TrainedModule):
             text_encoder.requires_grad_(False).eval()
         self.weighting, self.times = weighting, times
         self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
-        self.templates, self.prior = templates, prior
+        self.templates, self.prior, self.solver = templates, prior, solver
         if masks is not None and prior is not None:
             raise ConfigError(
                 "masking=random needs the pictures at every step, and class pictures are kept as latents: leave out "

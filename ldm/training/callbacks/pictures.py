@@ -140,7 +140,7 @@ def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDif
         num_steps=callback.num_steps,
         guidance=callback.guidance,
         seeds=[callback.seed + i for i in range(len(prompts))],
-        solver=callback.sampler,
+        solver=callback.sampler or module.solver,
         spacing=callback.grid,
         init_image=image,
         mask=mask,
