@@ -18,6 +18,7 @@ from ldm.errors import ConfigError
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
 TEXT_KEYS = ("prompt", "negative_prompt")
 PATH_KEYS = ("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask")
+LIST_KEYS = ("checkpoints",)  # of paths
 
 
 def main() -> None:
@@ -120,12 +121,22 @@ def _arm(sweep: Path | None, overrides: list[str]) -> Path | None:
 def quoted(argument: str, multirun: bool) -> str:
     """`key=text` with the text quoted for Hydra's grammar, for the keys that hold free text or a path."""
     key, separator, value = argument.partition("=")
+    if key in LIST_KEYS and not multirun and value.startswith("[") and value.endswith("]"):
+        items = [m[1] or m[2] or m[3].strip() for m in _ITEM.finditer(value[1:-1])]
+        return f"{key}=[{','.join(_in_quotes(item) for item in items)}]"
     if not separator or key not in (*TEXT_KEYS, *(() if multirun else PATH_KEYS)) or value in ("", "null"):
         return argument
+    return f"{key}={_in_quotes(value)}"
+
+
+_ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]+))\s*(?:,|$)""")  # a path with a comma stands in quotes
+
+
+def _in_quotes(value: str) -> str:
     # In Hydra's quotes only \" and the backslashes right before it are special; ${ would be an interpolation.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
-    return f'{key}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     for key, example in (("checkpoint", "outputs/mine"), ("format", "|".join(FORMATS)), ("output", "PATH")):
         if not config[key]:
             raise ConfigError(f"task=convert needs {key}=, for example {key}={example}.")
-    check_target(Path(config.output), config.format)  # before gigabytes are read
+    check_target(Path(config.output), config.format, config.dtype)  # before gigabytes are read
     save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
     print(f"converted: {config.output}")
     return {}
