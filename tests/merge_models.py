@@ -59,11 +59,13 @@ def saved(folder: Path, seed: int, format: str) -> Path:
     return path
 
 
-def states(path: Path | str, weights: str = "ema") -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of a checkpoint, whatever its layout, in our names."""
+@cache
+def states(path: Path, weights: str = "ema") -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint, whatever its layout, in our names. Never write in them."""
     return {k: dict(m.state_dict()) for k, m in modules_of(load_any(path, weights).parts).items()}
 
 
+@cache
 def maps(seed: int = 0) -> dict[str, torch.Tensor]:
     """The weights of the linear maps and convolutions of the network and the text encoder, by layer."""
     found = {}

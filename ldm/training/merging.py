@@ -67,8 +67,7 @@ def merge(
         format = format or _default_format(target, checkpoints[0])
         check_target(target, format, dtype)
         added = [read_lora(path) for path in checkpoints[1:]] if method == "lora" else []
-        opened = _opened(checkpoints[:1] if added else checkpoints, weights, config)
-        model = _on_meta(opened[0])
+        opened, model = _opened(checkpoints[:1] if added else checkpoints, weights, config)
         model.config["merge"] = recipe
         check_carries(model, format)
         for lora, path in zip(added, checkpoints[1:], strict=False):
@@ -169,20 +168,26 @@ def _check_lora_target(target: Path, format: str | None, dtype: str) -> None:
         raise ConfigError(f"dtype={dtype} is not known: choose one of {', '.join(foreign.DTYPES)}.")
 
 
-def _opened(checkpoints: Sequence[str | Path], weights: str, config: str | Path | None) -> list[Stored]:
-    """The checkpoints, once they agree; a warning where their autoencoders differ."""
+def _opened(checkpoints: Sequence[str | Path], weights: str, config: str | Path | None) -> tuple[list[Stored], Loaded]:
+    """The checkpoints, once they agree, and the model that they are of, without numbers.
+
+    A warning where their autoencoders differ.
+    """
     opened = [open_any(path, weights, config) for path in checkpoints]
-    shapes = _shapes(_on_meta(opened[0]))
+    first = opened[0]
+    parts = build_parts(first.config, first.tokenizer, device="meta")
+    model = Loaded(parts, dict(first.config), first.folder, first.scheduler_config)
+    shapes = _shapes(model)
     for stored in opened:
-        check_agree(opened[0], stored, shapes)
-    if "unet" in opened[0].states:
+        check_agree(first, stored, shapes)
+    if "unet" in first.states:
         for stored in opened[1:]:
-            if any(not _same(name, opened[0].states["vae"], stored.states["vae"]) for name in shapes["vae"]):
+            if not all(_same(name, first.states["vae"], stored.states["vae"]) for name in shapes["vae"]):
                 warnings.warn(
-                    f"the autoencoders of {opened[0].folder} and {stored.folder} differ: the first one's is kept.",
+                    f"the autoencoders of {first.folder} and {stored.folder} differ: the first one's is kept.",
                     stacklevel=3,
                 )
-    return opened
+    return opened, model
 
 
 def _same(name: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -191,12 +196,6 @@ def _same(name: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
     same = bool(torch.isclose(one[name].to(coarse), other[name].to(coarse), rtol=0, atol=0, equal_nan=True).all())
     _let_go(name, (one, other))
     return same
-
-
-def _on_meta(stored: Stored) -> Loaded:
-    """The modules without numbers: their names and shapes, and the words of the text encoder."""
-    parts = build_parts(stored.config, stored.tokenizer, device="meta")
-    return Loaded(parts, dict(stored.config), stored.folder, stored.scheduler_config)
 
 
 def _shapes(model: Loaded) -> dict[str, State]:
@@ -213,10 +212,11 @@ def _extract(checkpoints: Sequence[str | Path], rank: int | None, weights: str, 
     """The LoRA of the second checkpoint over the first, and how much of the difference it carries."""
     if rank is None:
         raise ConfigError("method=extract needs rank=, the directions that each layer keeps, for example rank=32.")
-    base, tuned = opened = _opened(checkpoints, weights, config)
+    opened, model = _opened(checkpoints, weights, config)
+    base, tuned = opened
     if "unet" not in base.states:
         raise ConfigError(f"{base.folder} is an autoencoder: LoRAs are for networks and text encoders.")
-    modules = modules_of(_on_meta(base).parts)
+    modules = modules_of(model.parts)
     layers = {part: _linear_maps(modules[part]) for part in _merged_parts(opened)}
     largest = max(min(m.weight.shape[0], m.weight[0].numel()) for maps in layers.values() for m in maps.values())
     if rank > largest:
