@@ -13,7 +13,7 @@ from format_checks import conf
 from ldm.adapters.content import Lora, LowRank
 from ldm.text.tokenizer import build_tokenizer
 from ldm.training.assemble import build_parts
-from ldm.training.loading import Loaded, load_any, modules_of, save_any
+from ldm.training.loading import Loaded, modules_of, open_any, save_any
 
 NAMES = {"ldm": "ours", "diffusers": "folder", "compvis": "one.safetensors"}
 CAPTIONS = ["a photo of a red cat on a green chair", "the small blue house by the sea"]
@@ -62,7 +62,8 @@ def saved(folder: Path, seed: int, format: str) -> Path:
 @cache
 def states(path: Path, weights: str = "ema") -> dict[str, dict[str, torch.Tensor]]:
     """All tensors of a checkpoint, whatever its layout, in our names. Never write in them."""
-    return {k: dict(m.state_dict()) for k, m in modules_of(load_any(path, weights).parts).items()}
+    found = open_any(path, weights).states
+    return {part: {k: v.float() for k, v in state.items()} for part, state in found.items()}
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_models import NAMES, PARTS, lora, maps, model, saved, states
+from merge_models import NAMES, PARTS, lora, maps, model, nodes, saved, states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,8 +17,9 @@ from ldm.adapters.merging import combined, extracted, weighted_sum, with_lora
 from ldm.errors import ConfigError
 from ldm.formats.open import let_go, load
 from ldm.formats.store import save_tensors
+from ldm.training.assemble import Parts
 from ldm.training.checkpoints import Content, write
-from ldm.training.loading import save_any
+from ldm.training.loading import Loaded, save_any
 from ldm.training.lora_files import read_lora, write_lora
 
 
@@ -107,6 +108,21 @@ def test_the_first_autoencoder_is_kept_and_a_different_one_named(place):
     with pytest.warns(UserWarning, match=r"autoencoders of .*1-ours and .*other_vae differ: the first one's is kept"):
         output = merge([first, place / "other_vae"], place / "kept_vae")
     assert_states({"vae": states(output)["vae"]}, {"vae": states(first)["vae"]}, **EXACT)
+
+
+def test_autoencoders_alone_are_merged_but_for_their_units(place):
+    pair, given = [], []
+    for seed in (1, 2):
+        alone = model(1)
+        with torch.no_grad():
+            alone.parts.autoencoder.quant_conv.bias += seed
+            alone.parts.autoencoder.latents.scale.fill_(seed)
+        given.append(alone.parts.autoencoder.state_dict())
+        pair.append(place / f"vae-{seed}")
+        save_any(Loaded(Parts(alone.parts.autoencoder), nodes() | {"module": "autoencoder"}, place), pair[-1], "ldm")
+    found = states(merge(pair, place / "vae-mean"))["vae"]
+    torch.testing.assert_close(found["quant_conv.bias"], given[0]["quant_conv.bias"] + 0.5)
+    assert torch.equal(found["latents.scale"], given[0]["latents.scale"])
 
 
 def test_half_precision_is_read_and_written(place):

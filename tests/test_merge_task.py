@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from commands import here
-from merge_models import PARTS, lora, model, saved, states
+from merge_models import PARTS, lora, model, nodes, saved, states
 from omegaconf import OmegaConf
 from test_conf import composed
 
@@ -18,7 +18,8 @@ from ldm.config import check_keys_are_read
 from ldm.errors import ConfigError
 from ldm.run import quoted
 from ldm.tasks.merge import merge_task
-from ldm.training.loading import save_any
+from ldm.training.assemble import Parts
+from ldm.training.loading import Loaded, save_any
 from ldm.training.lora_files import write_lora
 
 
@@ -138,6 +139,10 @@ def test_models_of_other_kinds_are_refused_by_the_node_that_differs(place, pair)
         named = key if key != "model.num_heads" else "model.head_dim"
         with pytest.raises(ConfigError, match=f"other-{key} has {named}=.*1-folder has "):
             merge([pair[0], other], place / "never")
+    autoencoder = Loaded(Parts(model(3).parts.autoencoder), nodes() | {"module": "autoencoder"}, place)
+    save_any(autoencoder, place / "vae", "ldm")
+    with pytest.raises(ConfigError, match=r"vae is an autoencoder and .*1-folder a whole model"):
+        merge([pair[0], place / "vae"], place / "never")
     words = place / "other words"
     save_any(model(3, captions=["entirely different words stand here"]), words, "diffusers")
     with pytest.raises(ConfigError, match="have different vocabularies"):

@@ -24,6 +24,11 @@ def check_agree(first: Stored, other: Stored, shapes: Mapping[str, State]) -> No
 
     shapes: part -> the state that both must have, on the meta device.
     """
+    if ("unet" in first.states) != ("unet" in other.states):
+        alone, whole = (first, other) if "unet" in other.states else (other, first)
+        raise ConfigError(
+            f"{alone.folder} is an autoencoder and {whole.folder} a whole model: give checkpoints of one kind."
+        )
     for key in DIFFUSION_NODES:
         if key in first.config and key in other.config:
             difference = _difference(first.config[key], other.config[key], key)

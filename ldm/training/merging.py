@@ -182,6 +182,10 @@ def _opened(checkpoints: Sequence[str | Path], weights: str, config: str | Path 
         check_agree(first, stored, shapes)
     if "unet" in first.states:
         for stored in opened[1:]:
+            if "text_encoder" not in stored.states:
+                warnings.warn(
+                    f"{stored.folder} has no text encoder: that of {first.folder} is kept as it is.", stacklevel=3
+                )
             if not all(_same(name, first.states["vae"], stored.states["vae"]) for name in shapes["vae"]):
                 warnings.warn(
                     f"the autoencoders of {first.folder} and {stored.folder} differ: the first one's is kept.",
