@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -92,6 +93,7 @@ def run(folder: Path, width: int) -> None:
     common = [sys.executable, __file__, "--folder", str(folder), "--width", str(width)]
     for seed in (1, 2, 3):
         subprocess.run([*common, "--make", str(seed)], check=True)
+    os.sync()  # pages that are not on the disk yet cannot be given back
     largest = json.loads((folder / "largest.json").read_text())
     rows = []
     for method, count, layouts in (
