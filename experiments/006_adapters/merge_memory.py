@@ -1,6 +1,6 @@
 """How much memory merging takes: peak resident memory of `ldm.merge` in a process of its own, by method and layout.
 
-    python experiments/006_adapters/merge_memory.py --width 96 --folder /tmp/merge_memory
+    python experiments/006_adapters/merge_memory.py --width 64 --folder /tmp/merge_memory
 
 The network has Stable Diffusion 1.5's structure, that many channels at its finest level (its own are 320) and random
 weights; text encoder and autoencoder are small beside it. Writes merge_memory.csv beside this file. Linux.
@@ -75,7 +75,7 @@ AUTOENCODER = {"_target_": "ldm.autoencoders.kl.AutoencoderKL", "block_channels"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--make", type=int)
     parser.add_argument("--measure")
     options = parser.parse_args()
@@ -95,7 +95,7 @@ def run(folder: Path, width: int) -> None:
         subprocess.run([*common, "--make", str(seed)], check=True)
     os.sync()  # pages that are not on the disk yet cannot be given back
     largest = json.loads((folder / "largest.json").read_text())
-    rows = []
+    note(["method", "layout", "output MiB", "peak RSS above baseline MiB", "largest tensor MiB"], "w")
     for method, count, layouts in (
         ("sum", 2, list(LAYOUTS)),
         ("sum", 3, ["ldm"]),
@@ -114,15 +114,17 @@ def run(folder: Path, width: int) -> None:
             done = subprocess.run([*common, "--measure", json.dumps(asked)], check=True, capture_output=True, text=True)
             files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
             size = sum(p.stat().st_size for p in files) / MIB
-            rows.append([f"{method} of {count}", layout, round(size), round(float(done.stdout)), round(largest)])
-            print(*rows[-1], sep=",", flush=True)
+            note([f"{method} of {count}", layout, round(size), round(float(done.stdout)), round(largest)])
             if method != "extract":
                 shutil.rmtree(output) if output.is_dir() else output.unlink()
     shutil.rmtree(folder)
-    with (HERE / "merge_memory.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "layout", "output MiB", "peak RSS above baseline MiB", "largest tensor MiB"])
-        writer.writerows(rows)
+
+
+def note(row: list, mode: str = "a") -> None:
+    """A line of the table, at once: a run that is cut short leaves what it measured."""
+    print(*row, sep=",", flush=True)
+    with (HERE / "merge_memory.csv").open(mode, newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)
 
 
 if __name__ == "__main__":
