@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline as Pipeline
+    from ldm.training.merging import merge as merge
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "merge"]
 
 
 def __getattr__(name: str) -> object:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> object:
         from ldm.pipeline import Pipeline
 
         return Pipeline
+    if name == "merge":
+        from ldm.training.merging import merge
+
+        return merge
     raise AttributeError(f"module 'ldm' has no attribute '{name}'")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "merge")
 MODULES = ("latent_diffusion", "autoencoder")
 RECONSTRUCTIONS = ("squared", "absolute", "both")
 
@@ -48,7 +48,9 @@ class Root:
         None, "train encode evaluate check", "folder of tars that task=prepare or task=encode wrote"
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
-    output: str | None = key(None, "sample prepare encode evaluate check objective convert", "what the task writes")
+    output: str | None = key(
+        None, "sample prepare encode evaluate check objective convert merge", "what the task writes"
+    )
     subject: str | None = key(
         None, "train", 'what templates= speak of, "sks dog": a rare word and what it is; free text'
     )
@@ -77,10 +79,12 @@ class Root:
         "train sample evaluate encode convert",
         "run, checkpoint folder, diffusers folder, .safetensors, .ckpt or hub id to start from",
     )
-    weights: str = key("ema", "train sample evaluate encode convert", "which weights of the checkpoint: ema or raw")
+    weights: str = key(
+        "ema", "train sample evaluate encode convert merge", "which weights of the checkpoint: ema or raw"
+    )
     config: str | None = key(
         None,
-        "sample convert train evaluate encode",
+        "sample convert train evaluate encode merge",
         "diffusers folder, or run or config.yaml of ours, that says what a single file of unpublished sizes does not",
     )
     adopt: bool = key(False, "train", "model, text encoder, autoencoder, schedule and target are the checkpoint's")
@@ -115,9 +119,17 @@ class Root:
     animation: bool = key(False, "sample", "also write the jumps to x0 as a GIF")
     eval_images: int = key(256, "train evaluate", "generated pictures per half of the score")
     optimized_metric: str | None = key(None, "train evaluate", "what a sweeper minimises or maximises")
-    # --- conversion
-    format: str | None = key(None, "convert", "ldm, diffusers (a folder) or compvis (.safetensors, .ckpt)")
-    dtype: str = key("float32", "convert", "of the stored tensors: float32, float16 or bfloat16")
+    # --- conversion and merging
+    format: str | None = key(None, "convert merge", "ldm, diffusers (a folder) or compvis (.safetensors, .ckpt)")
+    dtype: str = key("float32", "convert merge", "of the stored tensors: float32, float16 or bfloat16")
+    checkpoints: Any = key(
+        None, "merge", "list of what is merged, in any layout; the first is what others are added to"
+    )
+    method: str = key("sum", "merge", "sum, add_difference (A + ratio (B - C)), lora (A and LoRAs) or extract (a LoRA)")
+    ratios: Any = key(
+        None, "merge", "list of weights: a checkpoint, a difference or a LoRA each; default: a mean, 1, 1"
+    )
+    rank: int | None = key(None, "merge", "of an extracted LoRA, or what a sum of LoRAs is cut down to")
     # --- groups
     task: Any = group("all", "what to do")
     experiment: Any = group("all", "a recipe: choices of all the groups below")

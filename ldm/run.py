@@ -126,12 +126,15 @@ def quoted(argument: str, multirun: bool) -> str:
     """`key=text` with the text quoted for Hydra's grammar, for the keys that hold free text or a path."""
     key, separator, value = argument.partition("=")
     if key in PATH_LIST_KEYS and not multirun and value not in ("", "null"):
-        items = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
-        paths = [item.strip().strip("\"'") for item in items]
-        return f"{key}=[{','.join(_in_quotes(path) for path in paths if path)}]"
+        listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        items = [m[1] or m[2] or m[3].strip() for m in _ITEM.finditer(listed)]
+        return f"{key}=[{','.join(_in_quotes(item) for item in items if item)}]"
     if not separator or key not in (*TEXT_KEYS, *(() if multirun else PATH_KEYS)) or value in ("", "null"):
         return argument
     return f"{key}={_in_quotes(value)}"
+
+
+_ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]+))\s*(?:,|$)""")  # a path with a comma stands in quotes
 
 
 def _in_quotes(text: str) -> str:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats import diffusers_folder, hub, kinds, known, run_config, single_file, single_metadata
@@ -14,10 +14,11 @@ from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.kinds import Kind
 from ldm.formats.match import architecture, carries, expected, match, settings
-from ldm.formats.open import load
+from ldm.formats.open import float32, load
+from ldm.formats.store import save_tensors
 from ldm.formats.whole import written_whole
 
-__all__ = ["DTYPES", "FORMATS", "Checkpoint", "kind", "read", "write"]
+__all__ = ["DTYPES", "FORMATS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
 
 FORMATS = ("diffusers", "compvis")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,7 +30,14 @@ def kind(path: str | Path) -> Kind:
 
 
 def read(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
-    """A checkpoint of another program (or a single file of ours) in our names, float32, complete or refused.
+    """A checkpoint of another program (or a single file of ours) in our names, float32, complete or refused."""
+    checkpoint = read_stored(path, config, weights)
+    checkpoint.states = {part: {k: float32(v) for k, v in s.items()} for part, s in checkpoint.states.items()}
+    return checkpoint
+
+
+def read_stored(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
+    """The same with its tensors as the files hold them: mapped, so that they take memory when they are touched.
 
     path: a diffusers folder, a part's folder, a single file (.safetensors, .ckpt), an autoencoder's file, a hub id.
     config: what says what a single file of unpublished sizes does not: a diffusers folder, or a run (its folder, a
@@ -69,7 +77,7 @@ def write(checkpoint: Checkpoint, path: str | Path, format: str, dtype: str = "f
         raise ConfigError(f"dtype={dtype} is not known: choose one of {', '.join(DTYPES)}.")
     if path.exists():
         raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
-    _check(checkpoint, format)
+    check(checkpoint, format)
     if format == "diffusers":
         with written_whole(path) as part:
             diffusers_folder.write(checkpoint, part, DTYPES[dtype])
@@ -87,12 +95,17 @@ def _write_compvis(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
             f"output={path}: a .ckpt cannot say sizes or a schedule other than Stable Diffusion's, and this model has "
             "others. Give a name that ends in .safetensors, or format=diffusers."
         )
-    stored = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in tensors.items()}
     with written_whole(path) as part:
         if path.suffix == ".ckpt":
+            stored = {k: _alone(v.detach().to("cpu", dtype).contiguous()) for k, v in tensors.items()}
             torch.save({"state_dict": stored} | ({} if step is None else {"global_step": step}), part)
         else:
-            save_file(stored, part, metadata=single_metadata.pack(checkpoint))
+            save_tensors(tensors, part, dtype, single_metadata.pack(checkpoint))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of the memory that it is a view of, which torch.save would write too."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _marked_step(checkpoint: Checkpoint) -> int | None:
@@ -103,8 +116,8 @@ def _marked_step(checkpoint: Checkpoint) -> int | None:
     return known.BASE_STEP if schedule.get("prediction_type", "epsilon") == "epsilon" else 0
 
 
-def _check(checkpoint: Checkpoint, format: str) -> None:
-    """ConfigError that names what the format cannot carry, and one that can."""
+def check(checkpoint: Checkpoint, format: str) -> None:
+    """ConfigError that names what the format cannot carry, and one that can. Of the tensors it looks at shapes only."""
     for part, key in PARTS.items():
         node = checkpoint.config.get(key)
         if node is None or part not in checkpoint.states:

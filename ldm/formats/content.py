@@ -24,7 +24,7 @@ class Checkpoint:
     """
 
     config: dict[str, Any]  # nodes `model`, `autoencoder`, `text_encoder`, every size spelled; `image_size` where known
-    states: dict[str, State]  # "unet", "vae" (with `latents.*`), "text_encoder": float32
+    states: dict[str, State]  # "unet", "vae" (with `latents.*`), "text_encoder": as stored
     scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json as it stands
     tokenizer: Path | None = None  # folder
     keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import ConfigError
@@ -19,6 +18,7 @@ from ldm.formats.kinds import part_of
 from ldm.formats.known import SCALING
 from ldm.formats.match import expected, filled, settings
 from ldm.formats.open import load
+from ldm.formats.store import save_tensors
 from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -198,8 +198,7 @@ def _index(inpaints: bool, scheduler: str) -> dict[str, Any]:
 def _write_part(folder: Path, config: dict[str, Any], state: dict[str, Tensor], stem: str, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
-    tensors = {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in state.items()}
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / f"{stem}.safetensors", dtype, {"format": "pt"})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

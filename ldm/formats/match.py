@@ -15,7 +15,6 @@ from ldm.autoencoders.kl import AutoencoderKL
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
 from ldm.formats.content import Node, State
-from ldm.formats.open import float32
 from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.small import SmallTextEncoder
@@ -71,9 +70,9 @@ def architecture(part: str) -> str:
 
 
 def filled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> State:
-    """The tensors that `wanted` names, in its order and in float32, once they match it."""
+    """The tensors that `wanted` names, in its order and as they are stored, once they match it."""
     match(state, wanted, source)
-    return {k: float32(state[k]) for k in wanted}
+    return {k: state[k] for k in wanted}
 
 
 def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:

@@ -26,7 +26,7 @@ def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         convert_adapter(config.checkpoint, Path(config.output), config.format, config.dtype)
         print(f"converted: {config.output}")
         return {}
-    check_target(Path(config.output), config.format)  # before gigabytes are read
+    check_target(Path(config.output), config.format, config.dtype)  # before gigabytes are read
     save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
     print(f"converted: {config.output}")
     return {}

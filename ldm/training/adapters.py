@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from torch import nn
-
 from ldm.adapters.adapter import Adapter
 from ldm.adapters.content import Content, Embedding, Lora
 from ldm.adapters.hypernetwork import Hypernetwork
@@ -29,12 +27,12 @@ def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: 
     token: the word of an embedding, where its file does not say it or another is wanted.
     """
     path = Path(path).expanduser()
-    network, text_encoder = _network(parts), parts.text_encoder
+    network, text_encoder = parts.network, parts.text_encoder
     assert text_encoder is not None
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         made = _of_run(path, parts)
     else:
-        content = read_adapter(path, [*_names(parts)], token)
+        content = read_adapter(path, weight_names(parts), token)
         adapter = adapter_of(content)
         adapter.attach(network, text_encoder)
         made = [adapter]
@@ -100,10 +98,7 @@ def convert_adapter(path: str | Path, output: Path, format: str, dtype: str = "f
 
 def merged_states(parts: Parts) -> dict[str, State]:
     """Tensors of all parts with LoRAs worked into them. ConfigError for adapters that weights cannot hold."""
-    modules: dict[str, nn.Module] = {"vae": parts.autoencoder}
-    if parts.denoiser is not None and parts.text_encoder is not None:
-        modules |= {"unet": _network(parts), "text_encoder": parts.text_encoder}
-    states = {part: dict(module.state_dict()) for part, module in modules.items()}
+    states = {part: dict(module.state_dict()) for part, module in parts.modules().items()}
     for name, adapter in parts.adapters.items():
         content = adapter.content()
         if not isinstance(content, Lora):
@@ -126,21 +121,12 @@ def _of_run(path: Path, parts: Parts) -> list[Adapter]:
     states, made = load_parts(folder), []
     for name, node in nodes.items():
         adapter = build(node, f"adapter.{name}")
-        adapter.attach(_network(parts), parts.text_encoder)
+        adapter.attach(parts.network, parts.text_encoder)
         fill(adapter, states[name], name, folder)
         made.append(adapter)
     return made
 
 
-def _names(parts: Parts) -> list[str]:
-    assert parts.text_encoder is not None
-    return [
-        f"{part}.{name}"
-        for part, module in (("unet", _network(parts)), ("text_encoder", parts.text_encoder))
-        for name in module.state_dict()
-    ]
-
-
-def _network(parts: Parts) -> nn.Module:
-    assert parts.denoiser is not None and isinstance(parts.denoiser.model, nn.Module)
-    return parts.denoiser.model
+def weight_names(parts: Parts) -> list[str]:
+    """All that a LoRA could change, as files call it."""
+    return [f"{part}.{name}" for part, module in parts.modules().items() for name in module.state_dict()]

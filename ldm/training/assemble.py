@@ -41,6 +41,18 @@ class Parts:
     text_encoder: TextEncoder | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by the name of their node; attached
 
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network of a whole model."""
+        assert self.denoiser is not None and isinstance(self.denoiser.model, nn.Module)
+        return self.denoiser.model
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What checkpoints hold, by the name that it has there."""
+        if self.denoiser is None or self.text_encoder is None:
+            return {"vae": self.autoencoder}
+        return {"vae": self.autoencoder, "unet": self.network, "text_encoder": self.text_encoder}
+
 
 def build_parts(config: Config, tokenizer: Path | None = None, device: str = "cpu") -> Parts:
     """Modules with fresh weights from a resolved configuration; combinations that cannot work are refused.
@@ -119,10 +131,9 @@ def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], s
         return
     if parts.denoiser is None or parts.text_encoder is None:
         raise ConfigError(f"adapter=[{','.join(nodes)}] belongs to module=latent_diffusion: leave it out here.")
-    assert isinstance(parts.denoiser.model, nn.Module)
     for name, node in nodes.items():
         adapter = build(node, f"adapter.{name}")
-        adapter.attach(parts.denoiser.model, parts.text_encoder)
+        adapter.attach(parts.network, parts.text_encoder)
         if name in states:
             fill(adapter, states[name], name, source or Path(name))
         parts.adapters[name] = adapter
@@ -134,8 +145,8 @@ def check_builds(config: Config) -> None:
     for name, node in (config.get("adapter") or {}).items():
         adapter = build(node, f"adapter.{name}")
         if parts.denoiser is not None and adapter.kind != "textual_inversion":  # that needs the words
-            assert isinstance(parts.denoiser.model, nn.Module) and parts.text_encoder is not None
-            adapter.attach(parts.denoiser.model, parts.text_encoder)
+            assert parts.text_encoder is not None
+            adapter.attach(parts.network, parts.text_encoder)
 
 
 def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, dict[str, Any], Path]:
@@ -155,10 +166,7 @@ def fill_parts(parts: Parts, states: dict[str, State], folder: Path) -> None:
 
     A network with more input channels than the checkpoint's gets zeros there: it starts as the model without them.
     """
-    modules: dict[str, nn.Module | None] = {"vae": parts.autoencoder, "text_encoder": parts.text_encoder}
-    if parts.denoiser is not None:
-        assert isinstance(parts.denoiser.model, nn.Module)
-        modules["unet"] = parts.denoiser.model
+    modules = parts.modules()
     for part, state in states.items():
         module = modules.get(part)
         if module is not None:

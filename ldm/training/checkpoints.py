@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.formats.store import save_tensors
 
 FORMAT = 1
 State = dict[str, Tensor]
@@ -56,9 +57,9 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
             _link(previous / file, part / file)
             known[file] = before[file]
         else:
-            _save(tensors, part / file)
+            save_tensors(tensors, part / file)
     for name, tensors in content.averages.items():
-        _save(tensors, part / f"{name}.ema.safetensors")
+        save_tensors(tensors, part / f"{name}.ema.safetensors")
     if content.save_tokenizer is not None:
         content.save_tokenizer(part / "tokenizer")
     torch.save(content.state, part / "state.pt")
@@ -222,10 +223,6 @@ class FolderCheckpointIO(CheckpointIO):
 def _under(tensors: State, attribute: str) -> State:
     prefix = attribute + "."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _save(tensors: State, path: Path) -> None:
-    save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, path)
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
 from ldm.training.adapters import merged_states
-from ldm.training.assemble import DIFFUSION_NODES, Parts, build_parts, fill_parts, load_trained
-from ldm.training.checkpoints import Content, find, read_config, write
+from ldm.training.assemble import DIFFUSION_NODES, Parts, attach_adapters, build_parts, fill_parts
+from ldm.training.checkpoints import Content, State, find, load_parts, read_config, write
 from ldm.training.run_directory import alone
 
 FORMATS = ("ldm", *foreign.FORMATS)
@@ -32,15 +33,29 @@ class Loaded:
     scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json, where there is one
 
 
-def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
-    """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+@dataclass
+class Stored:
+    """A checkpoint whose tensors are still in its files (mapped), and no module is built."""
+
+    states: dict[str, State]  # "unet", "vae", "text_encoder", in our names, as they are stored
+    config: dict[str, Any]  # the nodes that build it, and `module`
+    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
+    scheduler_config: dict[str, Any] | None = None
+    tokenizer: Path | None = None
+    keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files
+
+
+def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Stored:
+    """A checkpoint in anybody's layout, checked, whose tensors are read when they are touched."""
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
     path = Path(path).expanduser()  # shells leave checkpoint=~/x as it is
     if foreign.kind(path) == "ldm":
-        parts, nodes, folder = load_trained(path, weights)
-        return Loaded(parts, nodes, folder, nodes.get("scheduler_config"))
-    checkpoint = foreign.read(path, config, weights)
+        folder = find(path)
+        saved, words = read_config(folder), folder / "tokenizer"
+        tokenizer = words if words.is_dir() else None
+        return Stored(load_parts(folder, weights), saved, folder, saved.get("scheduler_config"), tokenizer)
+    checkpoint = foreign.read_stored(path, config, weights)
     if "vae" not in checkpoint.states:
         raise ConfigError(
             f"{path} holds {' and '.join(checkpoint.states)} alone: give the folder of the whole pipeline, "
@@ -49,9 +64,16 @@ def load_any(path: str | Path, weights: str = "ema", config: str | Path | None =
     nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
     if checkpoint.scheduler_config is not None:
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
-    parts = build_parts(nodes, checkpoint.tokenizer)
-    fill_parts(parts, checkpoint.states, path)
-    return Loaded(parts, nodes, path, checkpoint.scheduler_config)
+    return Stored(checkpoint.states, nodes, path, checkpoint.scheduler_config, checkpoint.tokenizer, checkpoint.keep)
+
+
+def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
+    """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+    stored = open_any(path, weights, config)
+    parts = build_parts(stored.config, stored.tokenizer)
+    fill_parts(parts, stored.states, stored.folder)
+    attach_adapters(stored.config, parts, stored.states, stored.folder)
+    return Loaded(parts, stored.config, stored.folder, stored.scheduler_config)
 
 
 def as_ours(values: Mapping[str, Any]) -> Path:
@@ -91,44 +113,69 @@ def adopted(folder: Path) -> dict[str, Any]:
 def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float32") -> None:
     """Writes "ldm" (a checkpoint folder of ours), "diffusers" (a folder) or "compvis" (one .safetensors or .ckpt).
 
-    ConfigError for what the format cannot carry, and for a path that exists or cannot be written.
+    LoRAs are worked into the weights. ConfigError for what the format cannot carry, and for a path that exists or
+    cannot be written.
     """
+    base = replace(loaded, config={k: v for k, v in loaded.config.items() if k != "adapter"})
+    save_states(base, merged_states(loaded.parts), path, format, dtype)
+
+
+def save_states(
+    loaded: Loaded, states: dict[str, State], path: str | Path, format: str, dtype: str = "float32"
+) -> None:
+    """`save_any` with other tensors than the modules', which may be on the meta device."""
     path = Path(path)
-    check_target(path, format)
+    check_target(path, format, dtype)
     try:
-        _save(loaded, path, format, dtype)
+        if format == "ldm":
+            text = yaml.safe_dump({**loaded.config, "scheduler_config": loaded.scheduler_config}, sort_keys=False)
+            encoder = loaded.parts.text_encoder
+            save_tokenizer = None if encoder is None else encoder.save_tokenizer
+            write(path, Content(states, {}, {"global_step": 0}, text, (), save_tokenizer), step=0)
+        else:
+            with _tokenizer(loaded.parts) as words:
+                foreign.write(_described(loaded, states, words), path, format, dtype)
     except OSError as error:
         raise ConfigError(f"output={path}: cannot be written ({error.strerror or error}).") from error
 
 
-def check_target(path: Path, format: str) -> None:
+def check_carries(loaded: Loaded, format: str) -> None:
+    """ConfigError that names what the format cannot carry; the modules may be on the meta device."""
+    if format != "ldm":
+        states = {k: dict(v.state_dict()) for k, v in loaded.parts.modules().items()}
+        with _tokenizer(loaded.parts) as words:
+            foreign.check(_described(loaded, states, words), format)
+
+
+def check_target(path: Path, format: str, dtype: str = "float32") -> None:
     """ConfigError where `save_any` would refuse whatever the model is."""
     if format not in FORMATS:
         raise ConfigError(f"format={format} is not known: choose one of {', '.join(FORMATS)}.")
     if path.exists():
         raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
+    if dtype not in foreign.DTYPES:
+        raise ConfigError(f"dtype={dtype} is not known: choose one of {', '.join(foreign.DTYPES)}.")
+    if format == "ldm" and dtype != "float32":
+        raise ConfigError(f"dtype={dtype}: format=ldm stores float32; use format=diffusers or compvis.")
 
 
-def _save(loaded: Loaded, path: Path, format: str, dtype: str) -> None:
-    parts, config = loaded.parts, loaded.config
-    states = merged_states(parts)
-    config = {k: v for k, v in config.items() if k != "adapter"}
-    if format == "ldm":
-        if dtype != "float32":
-            raise ConfigError(f"dtype={dtype}: format=ldm stores float32; use format=diffusers or compvis.")
-        text = yaml.safe_dump({**config, "scheduler_config": loaded.scheduler_config}, sort_keys=False)
-        words = None if parts.text_encoder is None else parts.text_encoder.save_tokenizer
-        write(path, Content(states, {}, {"global_step": 0}, text, (), words), step=0)
-        return
-    described = loaded.scheduler_config
+@contextmanager
+def _tokenizer(parts: Parts) -> Iterator[Path | None]:
+    """A folder with the text encoder's words, for as long as it is needed; None where there is no text encoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        if parts.text_encoder is None:
+            yield None
+        else:
+            parts.text_encoder.save_tokenizer(folder)
+            yield Path(folder)
+
+
+def _described(loaded: Loaded, states: dict[str, State], words: Path | None) -> foreign.Checkpoint:
+    """The model as other programs' formats take it."""
+    config, described = loaded.config, loaded.scheduler_config
     if described is None and "scheduler" in config:
         described = schedulers.scheduler_config(config["scheduler"], config["parameterization"])
     nodes: dict[str, Any] = {
         k: config[k] for k in ("model", "autoencoder", "text_encoder", "image_size") if k in config
     }
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = None
-        if parts.text_encoder is not None:
-            tokenizer = Path(folder)
-            parts.text_encoder.save_tokenizer(tokenizer)
-        foreign.write(foreign.Checkpoint(nodes, states, described, tokenizer), path, format, dtype)
+    return foreign.Checkpoint(nodes, states, described, words)

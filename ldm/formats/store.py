@@ -1,0 +1,53 @@
+"""Tensors into .safetensors files, one at a time: writing takes the memory of the largest tensor, not of a copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CODES = {  # in the library's order
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype | None = None,  # of floating tensors; None: as they are
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the bytes that `safetensors.torch.save_file` writes; tensors may share memory or lie on a device.
+
+    The layout: 8 bytes with the header's length, the header as JSON padded to 8 bytes, the numbers. Wide types stand
+    first, so that all are aligned. Metadata keep their order, which that function's do not.
+    """
+    kinds = {k: dtype if dtype is not None and v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    order = list(_CODES)
+    names = sorted(tensors, key=lambda k: (order.index(kinds[k]), k))
+    header: dict[str, object] = {} if not metadata else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _CODES[kinds[name]], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
