@@ -59,7 +59,7 @@ class Root:
         None, "train", 'caption of the class pictures of experiment=dreambooth, "a photo of a dog"; free text'
     )
     class_images: str | None = key(
-        None, "train", "folder of class pictures; missing ones are drawn into it; default: one under `outputs`/stages"
+        None, "train", "folder of class pictures, also with captions of their own; missing ones are drawn into it"
     )
     class_shards: str | None = key(None, "train", "latents of class pictures; default: what the stage prior made")
     num_class_images: int = key(100, "train", "class pictures that are held against forgetting")

@@ -70,7 +70,7 @@ def states(path: Path, weights: str = "ema") -> dict[str, dict[str, torch.Tensor
 def maps(seed: int = 0) -> dict[str, torch.Tensor]:
     """The weights of the linear maps and convolutions of the network and the text encoder, by layer."""
     found = {}
-    for part, module in modules_of(model(seed).parts).items():
+    for part, module in model(seed).parts.modules().items():
         if part in PARTS:
             for path, layer in module.named_modules():
                 if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):

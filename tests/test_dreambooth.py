@@ -49,24 +49,25 @@ def latents_of(small_base: Path, n: int) -> torch.Tensor:
 def test_the_loss_is_instance_plus_weight_times_class(small_base):
     """Against the two losses by hand, each with a forward pass of its own; class draws have purposes of their own."""
     moments = latents_of(small_base, 8)
-    prior = PriorImages(moments[3:], "a star", weight=0.7)
+    names = ["a star", "a circle", "a square", "a cross", "a triangle"]  # each class picture has its own caption
+    prior = PriorImages(moments[3:], names, weight=0.7)
     module = module_of(small_base, prior, caption_dropout=0.4, noises_per_image=2, batch_size=3, seed=5)
     batch = {"latent": moments[:3], "caption": ["", "", ""]}
 
-    def by_hand(latent, caption, prefix):
+    def by_hand(latent, captions, prefix):
         positions, pairs = [0, 1, 2], list(range(6))
         posterior = module.autoencoder.posterior(latent)
         z = posterior.sample(normal(posterior.mean.shape[1:], 5, f"{prefix}posterior", 0, positions))
         x0 = module.autoencoder.latents.standardise(z).repeat_interleave(2, dim=0)
         dropped = (uniform(5, f"{prefix}caption_dropout", 0, positions) < 0.4).tolist()
-        cond = module.condition(["" if d else caption for d in dropped]).repeat_interleave(2)
+        cond = module.condition(["" if d else c for c, d in zip(captions, dropped, strict=True)]).repeat_interleave(2)
         times = uniform(5, f"{prefix}times", 0, pairs)
         return module.loss(x0, cond, times, normal(x0.shape[1:], 5, f"{prefix}noise", 0, pairs))[0].mean()
 
     chosen = [seed_of(5, "prior", 0, p) % 5 for p in (0, 1, 2)]
     with torch.no_grad():
-        instance = by_hand(batch["latent"], "sks star", "")
-        kept = by_hand(prior.moments[chosen], "a star", "prior_")
+        instance = by_hand(batch["latent"], ["sks star"] * 3, "")
+        kept = by_hand(prior.moments[chosen], [names[i] for i in chosen], "prior_")
         assert torch.allclose(module.training_step(batch, 0), instance + 0.7 * kept, atol=1e-6, rtol=0)
     means = module.totals.means()
     assert means["train/instance_loss"] == pytest.approx(instance.item(), abs=1e-6)
@@ -82,7 +83,7 @@ def test_the_loss_is_instance_plus_weight_times_class(small_base):
 def test_both_halves_are_one_forward_pass_and_ranks_are_micro_batches(small_base):
     """Two halves of the global batch, by accumulation or by ranks, have the gradient of the whole in the mean."""
     moments = latents_of(small_base, 10)
-    prior, batch = PriorImages(moments[4:], "a star"), {"latent": moments[:4], "caption": [""] * 4}
+    prior, batch = PriorImages(moments[4:], ["a star"] * 6), {"latent": moments[:4], "caption": [""] * 4}
     whole = module_of(
         small_base, prior, batch_size=4, times={"_target_": "ldm.diffusion.times.Uniform", "stratified": True}
     )
@@ -184,11 +185,11 @@ def test_the_experiment_reuses_what_it_made_and_resumes_exactly(small_base, pict
     ends = [fingerprint(all_folders(run)[-1]) for run in (tmp_path / "run", whole)]
     assert ends[0] == ends[1]
     identity = json.loads((whole / "run.json").read_text())["identity"]["prior"]
-    assert identity["caption"] == "a star" and identity["weight"] == 1.0 and len(identity["fingerprint"]) == 64
+    assert identity["captions"] == ["a star"] and identity["weight"] == 1.0 and len(identity["fingerprint"]) == 64
     # Fewer class pictures are the first of those that are there: what else lies in the folder changes nothing.
     some = read_prior({**settings, "num_class_images": 2}, None)
     every = read_prior(settings, None)
-    assert len(every.moments) == 5 and torch.equal(some.moments, every.moments[:2])
+    assert every.captions == ["a star"] * 5 and len(every.moments) == 5 and torch.equal(some.moments, every.moments[:2])
     # The trained model is a model like any other.
     assert Pipeline.load(whole).sample("a photo of sks star", num_steps=2).isfinite().all()
     # Latents of another autoencoder, or of no class, are refused.
@@ -241,6 +242,6 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(small_base, tmp_path
 def test_masks_and_class_pictures_exclude_each_other(small_base):
     masking = {"_target_": f"{RandomMasks.__module__}.RandomMasks"}
     with pytest.raises(ConfigError, match="kept as latents"):
-        module_of(small_base, PriorImages(torch.zeros(1, 8, 4, 4), "x"), masking=masking)
+        module_of(small_base, PriorImages(torch.zeros(1, 8, 4, 4), ["x"]), masking=masking)
     with pytest.raises(ConfigError, match="no class picture"):
-        PriorImages(torch.zeros(0, 8, 4, 4), "x")
+        PriorImages(torch.zeros(0, 8, 4, 4), [])

@@ -30,7 +30,7 @@ def make(folder: Path, width: int, seed: int) -> None:
     """One model in every layout."""
     from ldm.text.tokenizer import build_tokenizer
     from ldm.training.assemble import build_parts
-    from ldm.training.loading import Loaded, modules_of, save_states
+    from ldm.training.loading import Loaded, save_states
 
     config = {
         "module": "latent_diffusion",
@@ -46,7 +46,7 @@ def make(folder: Path, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     states = {
         part: {k: torch.rand(v.shape, generator=generator).mul_(0.02) for k, v in module.state_dict().items()}
-        for part, module in modules_of(parts).items()
+        for part, module in parts.modules().items()
     }
     generator.manual_seed(0)  # one autoencoder for all
     states["vae"] = {k: torch.rand(v.shape, generator=generator) for k, v in states["vae"].items()}

@@ -24,25 +24,25 @@ import ldm.metrics.shapes as reader
 from ldm import Pipeline
 from ldm.data.sources import shapes
 from ldm.metrics.shapes import wilson
-from ldm.pictures import grid
+from ldm.pictures import grid, to_pil
 
 HERE = Path(__file__).parent
 WORK = Path("outputs/006_adapters")
 STEPS, PICTURES = 400, 128
 NEW = "adapter.textual_inversion.placeholder=<new>"
 ONE_WORD = [NEW, "adapter.textual_inversion.lr=2e-2"]
-LORA = ["adapter=[lora]", "adapter.lora.lr=3e-3"]
-PRIOR = ["experiment=dreambooth", "num_class_images=64", "instance_prompt=null"]
+LORA = ["adapter=[lora]", "adapter.lora.lr=1e-3"]
+PRIOR = ["experiment=dreambooth", "num_class_images=64"]
 METHODS = {
     "textual_inversion": ["adapter=[textual_inversion]", *ONE_WORD],
     "textual_inversion_4": ["adapter=[textual_inversion]", *ONE_WORD, "adapter.textual_inversion.num_vectors=4"],
     "lora": LORA,
     "lora_all": [*LORA, "adapter.lora.layers=all"],
     "lora_and_word": ["adapter=[lora,textual_inversion]", *LORA[1:], *ONE_WORD],
-    "hypernetwork": ["adapter=[hypernetwork]", "adapter.hypernetwork.lr=1e-3"],
-    "whole": ["optimizer.lr=3e-4"],
+    "hypernetwork": ["adapter=[hypernetwork]", "adapter.hypernetwork.lr=3e-4"],
+    "whole": ["optimizer.lr=2e-4"],
     "dreambooth_lora": [*LORA, "adapter.lora.layers=all", *PRIOR],
-    "dreambooth_whole": ["optimizer.lr=3e-4", *PRIOR],
+    "dreambooth_whole": ["optimizer.lr=2e-4", *PRIOR],
 }
 SUBJECTS = ("mine", "heart")
 
@@ -86,6 +86,18 @@ def folder(subject: str, word: str) -> Path:
         pixels = shapes.render(values, 32, shapes._Uniform([7, i]), 0.02)
         Image.fromarray(pixels).save(place / f"{i}.png")
         (place / f"{i}.txt").write_text(caption(subject, values, word))
+    return place
+
+
+def class_pictures(base: str) -> Path:
+    """64 that the base draws of captions it knows, with these captions."""
+    place = WORK / "class"
+    if not (place / "63.txt").is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        captions = shapes.draw_captions(shapes.pairs_seen(), 64, seed=7)
+        for i, image in enumerate(drawn(Pipeline.load(base), captions)):
+            to_pil(image).save(place / f"{i:02d}.png")
+            (place / f"{i:02d}.txt").write_text(captions[i])
     return place
 
 
@@ -158,7 +170,7 @@ def result(base: str, method: str, subject: str, word: str, kept_prompts: list[s
         overrides += ["callbacks.samples.every_n_steps=200", "callbacks.samples.num_steps=10", "caption_dropout=0.1"]
         overrides += ["callbacks.checkpoints.every_n_steps=400", "lr_scheduler.warmup_steps=20", *given]
         if "experiment=dreambooth" in given:
-            overrides += ["class_prompt=a large red star in the centre on a white background"]
+            overrides += ["class_prompt=a shape", f"class_images={class_pictures(base)}"]
         started = time.time()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "ldm.run", *overrides], check=True, env=environment)

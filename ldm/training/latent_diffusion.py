@@ -185,9 +185,10 @@ class LatentDiffusion(TrainedModule):
         pairs = [p * n + i for p in positions for i in range(n)]
         t_draws, eps = self._noise(x0.shape[1:], "", step, pairs)
         if prior is not None:  # the same of the class pictures, behind them in one batch
-            captions = captions + self._captions([prior.caption] * len(x0), "prior_", step, positions)
-            moments = prior.drawn(seed, step, positions).to(x0.device)
-            x0 = torch.cat([x0, self._sampled(self.autoencoder.posterior(moments), "prior_posterior", step, positions)])
+            moments, of_class = prior.drawn(seed, step, positions)
+            captions = captions + self._captions(of_class, "prior_", step, positions)
+            posterior = self.autoencoder.posterior(moments.to(x0.device))
+            x0 = torch.cat([x0, self._sampled(posterior, "prior_posterior", step, positions)])
             prior_t, prior_eps = self._noise(x0.shape[1:], "prior_", step, pairs)
             t_draws, eps = torch.cat([t_draws, prior_t]), torch.cat([eps, prior_eps])
         cond = replace(self.condition(captions), concat=self.masked(batch, "mask", step, positions))

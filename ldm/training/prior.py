@@ -18,28 +18,31 @@ from ldm.training.randomness import seed_of
 
 
 class PriorImages:
-    """What the base model draws of the class, as latents' moments in memory, with one caption.
+    """What the base model draws of the class, as latents' moments in memory, each with its caption.
 
     The loss is mean(instance losses) + weight mean(class losses) (Ruiz et al. 2023, equation 2).
     """
 
-    def __init__(self, moments: Tensor, caption: str, weight: float = 1.0, fingerprint: str = ""):  # (N,MC,h,w)
+    def __init__(
+        self, moments: Tensor, captions: Sequence[str], weight: float = 1.0, fingerprint: str = ""
+    ):  # (N,MC,h,w)
         if len(moments) == 0:
             raise ConfigError("there is no class picture: give num_class_images=100, or class_images=DIR with some.")
-        self.moments, self.caption, self.weight, self.fingerprint = moments, caption, weight, fingerprint
+        self.moments, self.captions, self.weight, self.fingerprint = moments, captions, weight, fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its part in a run's result."""
-        return {"fingerprint": self.fingerprint, "caption": self.caption, "weight": self.weight}
+        return {"fingerprint": self.fingerprint, "captions": sorted(set(self.captions)), "weight": self.weight}
 
-    def drawn(self, seed: int, step: int, positions: Sequence[int]) -> Tensor:  # -> (B,MC,h,w)
+    def drawn(self, seed: int, step: int, positions: Sequence[int]) -> tuple[Tensor, list[str]]:  # (B,MC,h,w)
         """One picture a position of the global batch, a function of (seed, step, position) like all draws."""
-        return self.moments[[seed_of(seed, "prior", step, p) % len(self.moments) for p in positions]]
+        chosen = [seed_of(seed, "prior", step, p) % len(self.moments) for p in positions]
+        return self.moments[chosen], [self.captions[i] for i in chosen]
 
 
 def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImages | None:
-    """The first num_class_images of class_shards= in memory; None without them.
+    """The first num_class_images of class_shards= in memory; None without them. Without a caption: class_prompt=.
 
     autoencoder: the checkpoint folder whose autoencoder the run speaks. ConfigError where the latents are another's.
     """
@@ -59,6 +62,7 @@ def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImag
             f"{config['image_size']}: leave class_shards= out (experiment=dreambooth makes them), or encode them again."
         )
     shards = shards.take(np.arange(min(len(shards), config["num_class_images"])), f"first {config['num_class_images']}")
-    rows = [batch["latent"] for batch, _ in sequential(shards, size, 64) if batch]
-    moments = torch.cat(rows) if rows else torch.empty(0)
-    return PriorImages(moments, prompt, config["prior_weight"], shards.fingerprint)
+    batches = [batch for batch, _ in sequential(shards, size, 64) if batch]
+    moments = torch.cat([b["latent"] for b in batches]) if batches else torch.empty(0)
+    captions = [caption or prompt for b in batches for caption in b["caption"]]
+    return PriorImages(moments, captions, config["prior_weight"], shards.fingerprint)
