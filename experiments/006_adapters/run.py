@@ -2,7 +2,8 @@
 
     python experiments/006_adapters/run.py RUN [METHOD ...]      # RUN: a run of experiment=quickstart
 
-mine: small purple stars, by a word of their own: a look that the model can draw and has no word for.
+mine: small purple stars, by a word of their own: a look that the model can draw and has no word for ("words": what the base
+draws when it is asked for them in its own words, the most that a new word can do).
 heart: a figure that it never saw. Captions say the rest ("a large red WORD at the left on a grey background").
 Scores are shares of 128 pictures drawn from captions that were not among the 8, with their 95 % intervals:
 figure: the nearest textbook figure is the right one; all: colour, size, place, background, too; kept: every word right
@@ -148,21 +149,30 @@ def main(base: str, *chosen: str) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     kept_prompts = shapes.draw_captions(shapes.pairs_seen(), PICTURES, seed=6)
     rows = []
-    for method in ("base", *METHODS):
+    for method in ("base", "words", *METHODS):
         if chosen and method not in chosen:
             continue
         for subject in SUBJECTS:
-            word = "<new>" if "inversion" in method or "word" in method else "sks"
+            if method == "words" and subject == "heart":
+                continue  # the base has no word for it
+            word = (
+                "small purple star"
+                if method == "words"
+                else "<new>"
+                if "inversion" in method or "word" in method
+                else "sks"
+            )
             rows.append(result(base, method, subject, word, kept_prompts))
             print(rows[-1], flush=True)
             write(rows, "results.csv" if not chosen else f"results_{'_'.join(chosen)}.csv")
 
 
 def result(base: str, method: str, subject: str, word: str, kept_prompts: list[str]) -> dict[str, str]:
-    pictures = folder(subject, word)
+    untrained = method in ("base", "words")
     run, seconds, trained, size = WORK / f"{method}_{subject}", 0.0, 0, 0
-    if method != "base":
+    if not untrained:
         given = METHODS[method]
+        pictures = folder(subject, word)
         experiment = [] if any(o.startswith("experiment=") for o in given) else ["experiment=finetune"]
         overrides = [*experiment, f"checkpoint={base}", f"images={pictures}", f"outputs={WORK}", f"name={run.name}"]
         overrides += ["batch_size=8", f"max_steps={STEPS}", "guidance=1.5", "num_steps=10", "logger=none"]
@@ -175,10 +185,10 @@ def result(base: str, method: str, subject: str, word: str, kept_prompts: list[s
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "ldm.run", *overrides], check=True, env=environment)
         seconds = time.time() - started
-    pipe = Pipeline.load(base if method == "base" else run)
+    pipe = Pipeline.load(base if untrained else run)
     if pipe.adapters:
         trained = sum(p.numel() for adapter in pipe.adapters.values() for p in adapter.parameters())
-    elif method != "base":
+    elif not untrained:
         trained = sum(p.numel() for p in pipe.sampler.denoiser.model.parameters())
     files = [p for p in (run / "export").rglob("*") if p.is_file() and p.suffix in (".safetensors", ".pt")]
     size = sum(p.stat().st_size for p in files)

@@ -214,7 +214,8 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
     reading = {k: config["data"][k] for k in ("image_size", "crop", "flip", "train_samples", "mode", "shuffle")}
     return {
         **{k: config[k] for k in IDENTITY[config["module"]]},
-        **{k: config[k] for k in ("masking", "adapter") if config.get(k)},
+        **({"masking": config["masking"]} if config.get("masking") else {}),
+        **({"adapter": _decisive(config["adapter"])} if config.get("adapter") else {}),
         "global_batch": config["batch_size"] * config["accumulate"] * world,
         "data": {"fingerprint": data.fingerprint, **reading},
         "precision": config["trainer"].get("precision"),
@@ -222,6 +223,11 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
         "start": {k: digest(read_manifest(v)["files"]) for k, v in start.items()},
         "start_weights": config["weights"] if "given" in start else None,
     }
+
+
+def _decisive(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Adapters' settings without the format in which they leave."""
+    return {name: {k: v for k, v in node.items() if k != "format"} for name, node in adapters.items()}
 
 
 def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> dict[str, State]:
