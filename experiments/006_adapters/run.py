@@ -2,8 +2,8 @@
 
     python experiments/006_adapters/run.py RUN [METHOD ...]      # RUN: a run of experiment=quickstart
 
-mine: small purple stars, by a word of their own: a look that the model can draw and has no word for ("words": what the base
-draws when it is asked for them in its own words, the most that a new word can do).
+mine: small purple stars, by a word of their own: a look that the model can draw and has no word for.
+words: what the base draws of mine when it is asked in its own words, the most that a new word can do.
 heart: a figure that it never saw. Captions say the rest ("a large red WORD at the left on a grey background").
 Scores are shares of 128 pictures drawn from captions that were not among the 8, with their 95 % intervals:
 figure: the nearest textbook figure is the right one; all: colour, size, place, background, too; kept: every word right

@@ -29,7 +29,7 @@ def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: 
     path = Path(path).expanduser()
     network, text_encoder = parts.network, parts.text_encoder
     assert text_encoder is not None
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         made = _of_run(path, parts)
     else:
         content = read_adapter(path, weight_names(parts), token)
