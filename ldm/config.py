@@ -18,21 +18,25 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "plan")
 MODULES = ("latent_diffusion", "autoencoder")
 RECONSTRUCTIONS = ("squared", "absolute", "both")
 
 
 def key(default: Any, tasks: str, text: str) -> Any:
     """A root key: its default, the tasks that read it ("all" or names), and its line in --help."""
-    read_by = TASKS if tasks == "all" else tuple(tasks.split())
-    return field(default=default, metadata={"tasks": read_by, "help": text})
+    return field(default=default, metadata={"tasks": _readers(tasks), "help": text})
 
 
 def group(tasks: str, text: str) -> Any:
     """A configuration group: a folder of conf/, chosen by group=option."""
-    read_by = TASKS if tasks == "all" else tuple(tasks.split())
-    return field(default=None, metadata={"tasks": read_by, "help": text, "group": True})
+    return field(default=None, metadata={"tasks": _readers(tasks), "help": text, "group": True})
+
+
+def _readers(tasks: str) -> tuple[str, ...]:
+    """The tasks of a list of names; task=plan reads what task=train reads."""
+    names = TASKS if tasks == "all" else tuple(tasks.split())
+    return (*names, "plan") if "train" in names and "plan" not in names else names
 
 
 @dataclass
@@ -48,7 +52,9 @@ class Root:
         None, "train encode evaluate check", "folder of tars that task=prepare or task=encode wrote"
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
-    output: str | None = key(None, "sample prepare encode evaluate check objective convert", "what the task writes")
+    output: str | None = key(
+        None, "sample prepare encode evaluate check objective convert plan", "what the task writes"
+    )
     image_size: int | None = key(None, "train prepare encode", "pixels a side; default: what prepare found out")
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
@@ -76,7 +82,7 @@ class Root:
     export: str | None = key(None, "train", "also write the result as diffusers or compvis when training ends")
     stages: Any = field(
         default_factory=dict,
-        metadata={"tasks": ("train",), "help": "stages of one command, in order, each with its own changes"},
+        metadata={"tasks": ("train", "plan"), "help": "stages of one command, in order, each with its own changes"},
     )
     # --- sampling
     prompt: str | None = key(None, "sample", "the text; free text, no quoting needed beyond the shell's")

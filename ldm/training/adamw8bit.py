@@ -39,3 +39,9 @@ def adamw8bit(
         # Its step would do so at the first update: a resumed run must begin in the layout that the other one had.
         parameter.data = parameter.data.contiguous()
     return AdamW8bit(chosen, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps)
+
+
+def state_bytes(named: Iterable[tuple[str, nn.Parameter]]) -> int:
+    """What it keeps from step to step: two bytes a weight and two float32 scales a block; 8 bytes in small tensors."""
+    sizes = [parameter.numel() for _, parameter in named]
+    return sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // BLOCK) for n in sizes)
