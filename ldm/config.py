@@ -21,6 +21,7 @@ from ldm.errors import ConfigError
 TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "plan")
 MODULES = ("latent_diffusion", "autoencoder")
 RECONSTRUCTIONS = ("squared", "absolute", "both")
+FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def key(default: Any, tasks: str, text: str) -> Any:
@@ -197,6 +198,8 @@ def check(config: DictConfig, task: str | None = None) -> None:
         problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
     if config.weights not in ("ema", "raw"):
         problems.append(f"weights={config.weights}: choose ema or raw.")
+    if config.frozen_dtype not in FROZEN_DTYPES:
+        problems.append(f"frozen_dtype={config.frozen_dtype}: choose one of {', '.join(FROZEN_DTYPES)}.")
     for name in ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images"):
         if config[name] < 1:
             problems.append(f"{name}={config[name]}: must be at least 1.")

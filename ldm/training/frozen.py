@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.config import FROZEN_DTYPES
 from ldm.errors import ConfigError
 from ldm.training.assemble import Parts
 from ldm.training.checkpoints import Content, write
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FROZEN_DTYPES}
 
 
 def frozen_parts(parts: Parts, adapted: bool) -> dict[str, nn.Module]:

@@ -69,7 +69,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     return Plan(
         [_part(name, module.get_submodule(attribute)) for name, attribute in module.parts.items()],
         gradients=sum(p.nbytes for p in trained.values()),
-        optimizer=_optimizer_bytes(config["optimizer"], trained),
+        optimizer=optimizer_bytes(config["optimizer"], trained),
         average=sum(p.nbytes for p in trained.values()) if config["ema"] else 0,
         phases=_phases(config, module, half),
     )
@@ -95,7 +95,8 @@ def _part(name: str, module: nn.Module) -> Part:
     return Part(name, sum(p.numel() for p in parameters), trained, sum(t.nbytes for t in tensors))
 
 
-def _optimizer_bytes(node: Mapping[str, Any], trained: Mapping[str, nn.Parameter]) -> int:
+def optimizer_bytes(node: Mapping[str, Any], trained: Mapping[str, nn.Parameter]) -> int:
+    """What an optimizer keeps from step to step; ConfigError for one that is not known."""
     target, named = str(node["_target_"]), list(trained.items())
     if target == "ldm.training.adamw8bit.adamw8bit":
         return adamw8bit.state_bytes(named)
@@ -109,12 +110,16 @@ def _optimizer_bytes(node: Mapping[str, Any], trained: Mapping[str, nn.Parameter
 def _phases(config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtype | None) -> dict[str, int]:
     """The most that lives during each phase beside weights, gradients, optimizer and average."""
     size, batch = config["image_size"], config["batch_size"]
-    images = torch.empty(batch, 3, size, size, device="meta")
-    phases = {}
-    encoding = _peak(lambda: module.autoencoder.encode(images), half)  # also says which sizes cannot be
+    factor, phases = module.autoencoder.factor, {}
+    if size % factor:
+        raise ConfigError(
+            f"image_size={size} does not divide by the autoencoder's factor {factor}: give {size // factor * factor} "
+            f"or {(size // factor + 1) * factor}."
+        )
     cached = (config["stages"] or {}).get("encode", False) is not False
     if not cached or module.masks is not None:
-        phases["pictures to latents"] = encoding + images.nbytes
+        images = torch.empty(batch, 3, size, size, device="meta")
+        phases["pictures to latents"] = _peak(lambda: module.autoencoder.encode(images), half) + images.nbytes
     phases["loss and its gradients"] = _step(module, batch, size, config["noises_per_image"], half)
     drawn = min(_pictures(config["callbacks"] or {}), max(1, DECODED_AT_ONCE // size**2))
     if drawn:  # by callbacks, which autocast does not reach
