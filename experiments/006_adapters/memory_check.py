@@ -42,9 +42,9 @@ def main(recompute: str) -> None:
         x0 = torch.randn(config["batch_size"], 4, 32, 32)
         cond = module.text_encoder.states(torch.zeros(len(x0), module.text_encoder.max_length, dtype=torch.long))
         loss = module.loss(x0, cond, torch.rand(len(x0)), torch.randn_like(x0))[0].mean()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # as the module does it
         del loss, cond
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     mib = 2**20

@@ -59,7 +59,8 @@ def gib(size: int) -> str:
 def _rows(made: Plan) -> list[tuple[str, int, int, int]]:
     """(what, parameters, trained ones, bytes)."""
     rows = [(f"weights: {p.name}", p.parameters, p.trained, p.bytes) for p in made.parts]
-    rows += [("gradients", 0, 0, made.gradients), ("optimizer", 0, 0, made.optimizer), ("average", 0, 0, made.average)]
+    rows += [("optimizer", 0, 0, made.optimizer), ("average", 0, 0, made.average)]
+    rows += [("gradients, within the phases", 0, 0, made.gradients)]
     return rows + [(f"phase: {name}", 0, 0, size) for name, size in made.phases.items()]
 
 

@@ -35,7 +35,10 @@ class Part:
 
 @dataclass
 class Plan:
-    """Bytes on one process' GPU. The phases of a step follow each other: the largest of them counts."""
+    """Bytes on one process' GPU. The phases of a step follow each other: the largest of them counts.
+
+    Gradients are part of the phases that they live in.
+    """
 
     parts: list[Part]
     gradients: int
@@ -45,7 +48,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        held = sum(p.bytes for p in self.parts) + self.gradients + self.optimizer + self.average
+        held = sum(p.bytes for p in self.parts) + self.optimizer + self.average
         return held + max(self.phases.values(), default=0)
 
 
@@ -120,7 +123,12 @@ def _phases(config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtyp
     if not cached or module.masks is not None:
         images = torch.empty(batch, 3, size, size, device="meta")
         phases["pictures to latents"] = _peak(lambda: module.autoencoder.encode(images), half) + images.nbytes
-    phases["loss and its gradients"] = _step(module, batch, size, config["noises_per_image"], half)
+    forward, both = _step(module, batch, size, config["noises_per_image"], half)
+    if config["accumulate"] > 1:  # the gradients of the micro-batches before are there
+        gradients = sum(p.nbytes for p in module.trained_parameters().values())
+        phases = {name: peak + gradients for name, peak in phases.items()}
+        both = max(both, forward + gradients)
+    phases["loss and its gradients"] = both
     drawn = min(_pictures(config["callbacks"] or {}), max(1, DECODED_AT_ONCE // size**2))
     if drawn:  # by callbacks, which autocast does not reach
         z = torch.empty(_latents(module, drawn, size), device="meta")
@@ -147,14 +155,10 @@ def _peak(function: Callable[[], Any], half: torch.dtype | None) -> int:
     return live.peak
 
 
-def _step(module: LatentDiffusion, batch: int, size: int, noises: int, half: torch.dtype | None) -> int:
-    """The peak of forward and backward pass beyond one set of gradients.
-
-    The last step's gradients live until the forward pass is over; then they are dropped and new ones come.
-    """
+def _step(module: LatentDiffusion, batch: int, size: int, noises: int, half: torch.dtype | None) -> tuple[int, int]:
+    """The peaks of the forward pass, and of forward and backward pass together; the new gradients are in the latter."""
     module.train()
     live, kernels = LiveBytes(), GPUKernels(half)
-    gradients = sum(p.nbytes for p in module.trained_parameters().values())
     with live, kernels:
         x0 = torch.empty(_latents(module, batch, size), device="meta").repeat_interleave(noises, dim=0)
         concat = None
@@ -171,4 +175,4 @@ def _step(module: LatentDiffusion, batch: int, size: int, noises: int, half: tor
     live.peak = live.now
     with live, kernels:
         backward(loss)
-    return max(gradients + forward, live.peak) - gradients
+    return forward, max(forward, live.peak)
