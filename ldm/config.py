@@ -18,21 +18,26 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import ConfigError
 
-TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "merge")
+TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "merge", "plan")
 MODULES = ("latent_diffusion", "autoencoder")
 RECONSTRUCTIONS = ("squared", "absolute", "both")
+FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def key(default: Any, tasks: str, text: str) -> Any:
     """A root key: its default, the tasks that read it ("all" or names), and its line in --help."""
-    read_by = TASKS if tasks == "all" else tuple(tasks.split())
-    return field(default=default, metadata={"tasks": read_by, "help": text})
+    return field(default=default, metadata={"tasks": _readers(tasks), "help": text})
 
 
 def group(tasks: str, text: str) -> Any:
     """A configuration group: a folder of conf/, chosen by group=option."""
-    read_by = TASKS if tasks == "all" else tuple(tasks.split())
-    return field(default=None, metadata={"tasks": read_by, "help": text, "group": True})
+    return field(default=None, metadata={"tasks": _readers(tasks), "help": text, "group": True})
+
+
+def _readers(tasks: str) -> tuple[str, ...]:
+    """The tasks of a list of names; task=plan reads what task=train reads."""
+    names = TASKS if tasks == "all" else tuple(tasks.split())
+    return (*names, "plan") if "train" in names and "plan" not in names else names
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Root:
     )
     images: str | None = key(None, "train prepare", "folder of captioned images (source=folder)")
     output: str | None = key(
-        None, "sample prepare encode evaluate check objective convert merge", "what the task writes"
+        None, "sample prepare encode evaluate check objective convert merge plan", "what the task writes"
     )
     subject: str | None = key(
         None, "train", 'what templates= speak of, "sks dog": a rare word and what it is; free text'
@@ -59,7 +64,9 @@ class Root:
         None, "train", 'caption of the class pictures of experiment=dreambooth, "a photo of a dog"; free text'
     )
     class_images: str | None = key(
-        None, "train", "folder of class pictures, also with captions of their own; missing ones are drawn into it"
+        None,
+        "train",
+        "folder of class pictures, also with captions of their own; missing ones are drawn into it",
     )
     class_shards: str | None = key(None, "train", "latents of class pictures; default: what the stage prior made")
     num_class_images: int = key(100, "train", "class pictures that are held against forgetting")
@@ -69,6 +76,7 @@ class Root:
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
     # --- training
     module: str = key("latent_diffusion", "train", "what is trained: latent_diffusion or autoencoder")
+    frozen_dtype: str = key("float32", "train", "of what is not trained, in memory: float32, bfloat16 or float16")
     max_steps: int = key(1000, "train", "optimizer steps; a larger number continues a run")
     caption_dropout: float = key(0.1, "train", "share of captions replaced by the empty one, for guidance")
     noises_per_image: int = key(1, "train", "(t, eps) pairs drawn for each encoded image")
@@ -92,7 +100,7 @@ class Root:
     export: str | None = key(None, "train", "also write the result as diffusers or compvis when training ends")
     stages: Any = field(
         default_factory=dict,
-        metadata={"tasks": ("train",), "help": "stages of one command, in order, each with its own changes"},
+        metadata={"tasks": ("train", "plan"), "help": "stages of one command, in order, each with its own changes"},
     )
     # --- sampling
     prompt: str | None = key(None, "sample", "the text; free text, no quoting needed beyond the shell's")
@@ -219,6 +227,8 @@ def check(config: DictConfig, task: str | None = None) -> None:
         problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
     if config.weights not in ("ema", "raw"):
         problems.append(f"weights={config.weights}: choose ema or raw.")
+    if config.frozen_dtype not in FROZEN_DTYPES:
+        problems.append(f"frozen_dtype={config.frozen_dtype}: choose one of {', '.join(FROZEN_DTYPES)}.")
     counts = ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images")
     for name in (*counts, "num_class_images"):
         if config[name] < 1:

@@ -1,6 +1,6 @@
 """Ctrl-C at ten random moments of one LoRA run: each leaves a file that loads and a run that goes on.
 
-    python experiments/006_adapters/stops.py [SEED]      # on a small random SD 1 pipeline made here; about 6 minutes
+    python experiments/006_adapters/stops.py [SEED]      # on a small random SD 1 pipeline made here; about 8 minutes
 
 The run is interrupted, started again, interrupted ... and at last ends. Its LoRA must then be that of the same run left
 alone, bit for bit. Writes stops.csv: when the signal came, where the run stood, exit code, whether the file loads.
@@ -26,7 +26,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import published  # noqa: E402
 
-STEPS = 400
+STEPS = 150
 
 
 def command(work: Path, name: str) -> list[str]:

@@ -180,7 +180,7 @@ class Stages:
         return {}
 
     def autoencoder(self, values: dict[str, Any]) -> dict[str, float]:
-        values["module"] = "autoencoder"
+        values |= {"module": "autoencoder", "frozen_dtype": "float32"}  # all of it is trained
         folder = Path(values["outputs"]) / "stages"
         finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
         _say(finished)

@@ -111,6 +111,9 @@ class TrainedModule(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        # Lightning would keep them until the next forward pass is over: as much memory as what is trained.
+        for parameter in self.parameters():
+            parameter.grad = None
         if self.ema is not None:
             self.ema.update(self.trained_parameters())
 

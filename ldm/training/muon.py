@@ -86,6 +86,11 @@ class Muon(torch.optim.AdamW):
                 p.add_(direction.view_as(p), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
 
 
+def state_bytes(named: Iterable[tuple[str, nn.Parameter]], adamw: Sequence[str] = ()) -> int:
+    """What Muon keeps of these parameters from step to step: one momentum for a matrix, AdamW's two for the rest."""
+    return sum(4 * p.numel() * (1 if p.ndim >= 2 and not _is_adamws(n, adamw) else 2) for n, p in named)
+
+
 def _is_adamws(name: str, adamw: Sequence[str]) -> bool:
     return f".{name}".endswith(".embedding.weight") or any(part in name for part in adamw)
 

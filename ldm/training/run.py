@@ -33,6 +33,7 @@ from ldm.training.assemble import (
 )
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, State, find, load_parts, newest, read_config, read_manifest
+from ldm.training.frozen import DTYPES, cast_frozen, check_frozen_dtype, keep_originals
 from ldm.training.logging import RunLogger, silence_advertisements
 from ldm.training.module import TrainedModule
 from ldm.training.pretrained import check_pretrained, load_pretrained
@@ -67,6 +68,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     config: resolved, plain. path_of: (digest) -> run directory, so that the name may hold the digest.
     """
     config = copy.deepcopy(config)
+    check_frozen_dtype(config)
     if not config["checkpoint"]:
         has_latents = bool(config["shards"]) and (Path(config["shards"]) / "autoencoder").is_dir()
         check_pretrained(config, needs_autoencoder=not has_latents)
@@ -98,6 +100,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         parts.text_encoder.set_tokenizer(tokenizer)
     states = _fill_from_checkpoints(parts, start, config)
     load_pretrained(parts, set(states))
+    if config["frozen_dtype"] != "float32":
+        _hold_frozen(config, parts, directory)
     attach_adapters(config, parts, states, start.get("given"))
     return _fit(config, data, build_module(config, parts, prior), parts, directory)
 
@@ -216,6 +220,7 @@ def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Pa
         **{k: config[k] for k in IDENTITY[config["module"]]},
         **({"masking": config["masking"]} if config.get("masking") else {}),
         **({"adapter": _decisive(config["adapter"])} if config.get("adapter") else {}),
+        **({} if config["frozen_dtype"] == "float32" else {"frozen_dtype": config["frozen_dtype"]}),
         "global_batch": config["batch_size"] * config["accumulate"] * world,
         "data": {"fingerprint": data.fingerprint, **reading},
         "precision": config["trainer"].get("precision"),
@@ -242,6 +247,16 @@ def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[st
         fill_parts(parts, states, folder)
         filled |= states
     return filled
+
+
+def _hold_frozen(config: dict[str, Any], parts: Parts, directory: RunDirectory) -> None:
+    """Casts what is not trained; before that, its original tensors are written for the first checkpoint to link."""
+    adapted = bool(config.get("adapter"))
+    if int(os.environ.get("RANK", 0)) == 0:
+        directory.open()  # before anything is written into it
+        if newest(directory.path, lambda text: None) is None:
+            keep_originals(directory.originals, parts, adapted, yaml.safe_dump(config, sort_keys=False))
+    cast_frozen(parts, adapted, DTYPES[config["frozen_dtype"]])
 
 
 def _check_same_autoencoder(latents: Path, given: Path) -> None:
@@ -273,7 +288,7 @@ def _fit(
         module.trained_parts,
         yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         getattr(parts.text_encoder, "save_tokenizer", None),
-        previous,
+        previous or (directory.originals if config["frozen_dtype"] != "float32" else None),
     )
     images_per_step = config["batch_size"] * config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))
     loggers: list[Any] = [RunLogger(directory.path, images_per_step)] if first else []

@@ -49,14 +49,20 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def originals(self) -> Path:
+        """Frozen parts as they were before they were cast, for the first checkpoint to link."""
+        return self.checkpoints / "frozen"
+
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json")
 
     def open(self) -> None:
-        """Creates or re-opens the directory, locks it, and writes config.yaml and run.json."""
+        """Creates or re-opens the directory, locks it (once), and writes config.yaml and run.json."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            if self._lock is None:
+                self._take_lock()
         except OSError as error:
             raise ConfigError(
                 f"cannot write to {self.path} ({error.strerror}): give another outputs= folder."
