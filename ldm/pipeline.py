@@ -62,14 +62,10 @@ class Pipeline:
                 f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion, or the "
                 "folder or file of a whole pipeline."
             )
-        for module in (parts.autoencoder, parts.text_encoder, parts.denoiser.model):
-            assert isinstance(module, torch.nn.Module)
-            module.eval().requires_grad_(False)
+        parts.eval()
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         made = cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
         made.adapters = dict(parts.adapters)
-        for adapter in made.adapters.values():
-            adapter.eval().requires_grad_(False)
         return made
 
     def load_adapter(self, path: str | Path, weight: float = 1.0, token: str | None = None) -> None:

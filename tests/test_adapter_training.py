@@ -152,6 +152,12 @@ def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
     still = [f"adapter.{name}.lr=0.0" for name in ("lora", "textual_inversion", "hypernetwork")]
     again = run(tmp_path, "finetune", "again", f"checkpoint={trained}", f"images={pictures}", SAYS, ALL, *still)
     assert torch.equal(draw(Pipeline.load(again)), draw(Pipeline.load(trained)))
+    for changed, said in (
+        ("adapter.lora.alpha=1", "lora.alpha=1.*None"),
+        ("adapter.hypernetwork.activation=relu", "linear"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(tmp_path, "finetune", "other", f"checkpoint={trained}", f"images={pictures}", SAYS, ALL, changed)
     with pytest.raises(ConfigError, match=r"trained with an adapter.*adapter=\[hypernetwork,lora,textual_inversion\]"):
         run(tmp_path, "finetune", "whole", f"checkpoint={trained}", f"images={pictures}")
 
@@ -163,7 +169,13 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noq
     for path in of_stable_diffusion_2(tmp_path):
         with pytest.raises(ConfigError, match=r"load the base that it was trained on"):
             pipe.load_adapter(path)
-    assert not pipe.adapters and torch.equal(draw(pipe, guidance=1.0), before)  # nothing is left hanging
+    assert not pipe.adapters and torch.equal(draw(pipe, guidance=1.0), before)
+    # Of a run with several, one that cannot be attached takes the others off again.
+    pipe.load_adapter(export / "new.safetensors")
+    with pytest.raises(ConfigError, match="added before"):
+        pipe.load_adapter(trained)
+    pipe.unload_adapters()
+    assert hooks(pipe) == 0 and torch.equal(draw(pipe, guidance=1.0), before)
     pipe = Pipeline.load(sd1_folder)
     with pytest.raises(ConfigError, match=r"no weight of their own.*prompt_weights=true"):
         pipe.load_adapter(export / "new.safetensors", weight=0.5)
@@ -173,6 +185,11 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noq
     )
     with pytest.raises(ConfigError, match=r"whole model without adapters|not an adapter"):
         pipe.load_adapter(sd1_folder)
+    inpaint = [f"checkpoint={sd1_folder}", f"images={pictures}", "adapter=[lora]"]
+    with pytest.raises(ConfigError, match=r"no inputs for mask"):
+        run(tmp_path, "inpaint", "bad", *inpaint)
+    with pytest.raises(ConfigError, match=r"give checkpoint=PATH"):
+        run(tmp_path, "finetune", "bad", f"images={pictures}", "adapter=[lora]")
     for bad, said in (
         (SAYS.replace("<new>", "cat"), "no caption says <new>"),
         ("adapter.lora.rank=0", "at least 1"),
@@ -184,6 +201,12 @@ def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noq
         with pytest.raises(ConfigError, match=said):
             run(tmp_path, "finetune", "bad", *options)
         assert not (tmp_path / "outputs/bad").exists()
+
+
+def hooks(pipe):
+    sampler = pipe.sampler
+    modules = [m for part in (sampler.denoiser.model, sampler.text_encoder) for m in part.modules()]
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules) + len(sampler.text_encoder._words)
 
 
 def of_stable_diffusion_2(folder):

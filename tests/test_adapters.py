@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from format_checks import conf
 from published import tokenizer
 from torch import nn
 
@@ -13,6 +14,7 @@ from ldm.adapters.content import Embedding
 from ldm.adapters.hypernetwork import Hypernetwork
 from ldm.adapters.lora import LoRA, layers_of
 from ldm.adapters.textual_inversion import TextualInversion
+from ldm.build import build
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.models.resnet import Conv1x1
@@ -286,6 +288,89 @@ def test_what_does_not_fit_is_said():
     for options in ({"structure": [1, 2]}, {"activation": "warp"}, {"dropout": [0.1]}):
         with pytest.raises(ConfigError):
             Hypernetwork(**options)
-    for options in ({"rank": 0}, {"layers": "some"}):
+    bad = [{"rank": 0}, {"layers": "some"}, {"dropout": 1.5}, {"alpha": 0.0}, {"lr": -1.0}, {"format": "a1111"}]
+    for options in bad:
         with pytest.raises(ConfigError):
             LoRA(**options)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_loras_on_one_layer_add_up(order):
+    """Whichever came first, what is drawn is the base with both changes in its weights."""
+    unet, text = base()
+    made = [LoRA(rank=2, layers="all"), LoRA(rank=3, layers="transformer", text_encoder=True)]
+    for i in order:
+        made[i].attach(unet, text)
+        stir(made[i], seed=i, scale=0.2)
+        made[i].strength = (0.7, -0.4)[i]
+    attached = give(unet, text)
+    for adapter in made:
+        adapter.detach()
+    layers = layers_of(unet, text)
+    for adapter in made:
+        for name, update in adapter.content().layers.items():
+            layers[name].weight.data = update.merged(layers[name].weight, adapter.strength)
+    assert (give(unet, text) - attached).abs().max() < 1e-5 * attached.abs().max()
+
+
+def test_a_dora_stands_alone_on_its_layers():
+    """It sets lengths of rows, so with another LoRA the order would count."""
+    unet, text = base()
+    before = give(unet, text)
+    first = MAKERS["dora"]()
+    first.attach(unet, text)
+    with pytest.raises(ConfigError, match=r"two LoRAs, one of which is a DoRA"):
+        LoRA(rank=2).attach(unet, text)
+    first.detach()
+    second = LoRA(rank=2)
+    second.attach(unet, text)
+    with pytest.raises(ConfigError, match=r"two LoRAs, one of which is a DoRA"):
+        MAKERS["dora"]().attach(unet, text)
+    stir(second)
+    second.detach()
+    assert torch.equal(give(unet, text), before)
+
+
+def test_a_row_of_zeros_stays_finite_in_a_dora():
+    unet, text = base()
+    for layer in layers_of(unet, text).values():
+        layer.weight.data[0] = 0
+    before = give(unet, text)
+    adapter = MAKERS["dora"]()
+    adapter.attach(unet, text)
+    assert torch.equal(give(unet, text), before)
+    layers = layers_of(unet, text)
+    merged = [u.merged(layers[name].weight) for name, u in adapter.content().layers.items()]
+    assert all(weight.isfinite().all() for weight in merged)
+
+
+@pytest.mark.parametrize("kind", ["lora_all", "hypernetwork"])
+@pytest.mark.parametrize("model", ["dit_tiny", "mmdit_tiny"])
+def test_transformers_take_adapters_too(model, kind):
+    unet, text = base()
+    del unet
+    torch.manual_seed(0)
+    node = conf("model", model)
+    network = build(node | {"cross_attention_dim": text.context_dim} if "cross_attention_dim" in node else node)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape)
+    network.eval().requires_grad_(False)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    width = network.cross_attention_dim
+    cond = Condition(context=torch.randn(2, 5, width), pooled=pooled_like(network))
+    before = network(x, t, cond)
+    adapter = MAKERS[kind]() if kind == "hypernetwork" else LoRA(rank=2, layers="all")
+    adapter.attach(network, text)
+    assert torch.equal(network(x, t, cond), before)
+    stir(adapter)
+    assert not torch.allclose(network(x, t, cond), before, atol=1e-3)
+    if kind == "hypernetwork":  # joint attention's text map is read by it as well
+        assert {int(w) for w in adapter.networks} == {
+            m.in_features for n, m in network.named_modules() if n.split(".")[-1] in ("to_k", "add_k_proj")
+        }
+    adapter.detach()
+    assert torch.equal(network(x, t, cond), before)
+
+
+def pooled_like(network):
+    return None if network.pooled_dim is None else torch.randn(2, network.pooled_dim)

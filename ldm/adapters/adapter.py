@@ -34,6 +34,8 @@ class Adapter(nn.Module):
         super().__init__()
         if format not in (None, *self.formats):
             raise ConfigError(f"adapter.{self.kind}.format={format}: choose one of {', '.join(self.formats)}.")
+        if lr is not None and lr < 0:
+            raise ConfigError(f"adapter.{self.kind}.lr={lr}: must be at least 0.")
         self.lr, self.format = lr, format or self.formats[0]
         self.strength = 1.0
         self._handles: list[RemovableHandle] = []

@@ -6,10 +6,13 @@ path as in the base's own state, `unet.mid_block.attentions.0.proj_in` or `text_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ldm.errors import ConfigError
 
 
 @dataclass
@@ -40,8 +43,9 @@ class LowRank:
         updated = weight.float() + self.delta().float().reshape(weight.shape)
         if self.magnitude is not None:
             rows = updated.flatten(1)
-            lengths = self.magnitude.float()[:, None] / rows.norm(dim=1, keepdim=True)
-            updated = (rows * lengths).reshape(weight.shape)
+            lengths = rows.norm(dim=1, keepdim=True)
+            stretch = torch.where(lengths > 0, self.magnitude.float()[:, None] / lengths, 1.0)
+            updated = (rows * stretch).reshape(weight.shape)
         return updated if strength == 1 else torch.lerp(weight.float(), updated, strength)
 
 
@@ -51,6 +55,27 @@ class Lora:
 
     layers: dict[str, LowRank]
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def check_fits(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """ConfigError unless every layer is one of the base's. weights: by layer; the meta device will do."""
+        strangers = [name for name in self.layers if name not in weights]
+        if strangers:
+            raise ConfigError(
+                f"{source} changes {len(strangers)} layers that this model does not have (first: {strangers[0]}): it "
+                "was made for another architecture. Load the base that it was trained on."
+            )
+        wrong = []
+        for name, update in self.layers.items():
+            weight = weights[name]
+            if (update.up.shape[0], update.down[0].numel()) != (weight.shape[0], weight[0].numel()):
+                wrong.append((name, (update.up.shape[0], *update.down.shape[1:]), tuple(weight.shape)))
+        if wrong:
+            name, theirs, ours = wrong[0]
+            raise ConfigError(
+                f"{source} does not fit this model: {len(wrong)} of its {len(self.layers)} layers are of another size "
+                f"(first: {name}, {theirs} there, {ours} here). Stable Diffusion 1 reads text of 768 numbers a token, "
+                "2 of 1024: load the base that it was trained on."
+            )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ldm.adapters.content import HypernetworkTensors
 from ldm.errors import ConfigError
 from ldm.text.encoder import TextEncoder
 
+_READERS = {"k": ("to_k", "add_k_proj"), "v": ("to_v", "add_v_proj")}  # the second: joint attention's map of the text
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leakyrelu": nn.LeakyReLU,
@@ -75,10 +76,11 @@ class Hypernetwork(Adapter):
 
     def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
         readers = {
-            (name, kind): layer
+            (name, map_name, kind): layer
             for name, module in network.named_modules()
-            for kind in ("k", "v")
-            if isinstance(layer := getattr(module, f"to_{kind}", None), nn.Linear)
+            for kind, maps in _READERS.items()
+            for map_name in maps
+            if isinstance(layer := getattr(module, map_name, None), nn.Linear)
         }
         found = sorted({layer.in_features for layer in readers.values()})
         strangers = sorted(set(self.widths or ()) - set(found))
@@ -98,7 +100,7 @@ class Hypernetwork(Adapter):
             self._fill(self._given)
         device = next(network.parameters()).device
         self.networks.to(device)
-        for (_, kind), layer in readers.items():
+        for (_, _, kind), layer in readers.items():
             if str(layer.in_features) in self.networks:
                 part: Any = self.networks[str(layer.in_features)]
                 self._handles.append(layer.register_forward_pre_hook(partial(self._changed, part[kind])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ldm.text.encoder import TextEncoder
 
 Changeable = nn.Linear | nn.Conv2d
 Chosen = Literal["attention", "transformer", "all"]
+_UPDATES: WeakKeyDictionary[nn.Module, list[LowRankUpdate]] = WeakKeyDictionary()  # those attached, by layer
 
 
 class LoRA(Adapter):
@@ -43,11 +45,16 @@ class LoRA(Adapter):
             raise ConfigError(f"adapter.lora.rank={rank}: must be at least 1; 4 to 128 are usual.")
         if layers not in ("attention", "transformer", "all"):
             raise ConfigError(f"adapter.lora.layers={layers}: choose one of attention, transformer, all.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"adapter.lora.dropout={dropout}: must lie in [0, 1).")
+        if alpha is not None and alpha <= 0:
+            raise ConfigError(f"adapter.lora.alpha={alpha}: must be above 0; null is the rank.")
         self.rank, self.alpha, self.dropout = rank, float(rank if alpha is None else alpha), dropout
         self.layers, self.text_encoder, self.dora = layers, text_encoder, dora
         self.changes_text = text_encoder
         self.updates: nn.Module = nn.Module()  # a tree with the layers' names, LowRankUpdate at its leaves
         self._given: Lora | None = None
+        self._layers: list[Changeable] = []
 
     @classmethod
     def of(cls, content: Lora) -> LoRA:
@@ -60,19 +67,35 @@ class LoRA(Adapter):
     def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
         known = layers_of(network, text_encoder)
         if self._given is not None:
-            _refuse_strangers(self._given, known)
-            chosen = {name: known[name] for name in self._given.layers}
-            _refuse_shapes(self._given, chosen)
+            self._given.check_fits({name: layer.weight for name, layer in known.items()}, "the LoRA")
+            starts = self._given.layers
         else:
-            chosen = {name: layer for name, layer in known.items() if self._wants(name)}
-        if not chosen:
-            raise ConfigError(f"adapter.lora.layers={self.layers}: this model has no such layers. Choose all.")
-        for name, layer in chosen.items():
-            update = LowRankUpdate(layer, self.rank, self.alpha, self.dropout, self.dora)
-            if self._given is not None:
-                update.load(self._given.layers[name])
+            chosen = self._chosen(known)
+            starts = {n: _first(layer, self.rank, self.alpha, self.dora) for n, layer in chosen.items()}
+        for name, start in starts.items():
+            _refuse_second(name, known[name], start)
+        for name, start in starts.items():
+            layer = known[name]
+            update = LowRankUpdate(start, layer.weight, self.dropout)
             _grow(self.updates, name, update)
+            _UPDATES.setdefault(layer, []).append(update)
+            self._layers.append(layer)
             self._handles.append(layer.register_forward_hook(partial(self._changed, update)))
+
+    def detach(self) -> None:
+        super().detach()
+        own = list(self.updates.modules())
+        for layer in self._layers:
+            _UPDATES[layer] = [u for u in _UPDATES[layer] if not any(u is mine for mine in own)]
+        self._layers = []
+
+    def _chosen(self, known: dict[str, Changeable]) -> dict[str, Changeable]:
+        chosen = {name: layer for name, layer in known.items() if self._wants(name)}
+        if not any(name.startswith("unet.") for name in chosen):
+            raise ConfigError(f"adapter.lora.layers={self.layers}: this model has no such layers. Choose all.")
+        if self.text_encoder and not any(name.startswith("text_encoder.") for name in chosen):
+            raise ConfigError("adapter.lora.text_encoder=true: this model's text encoder has no layers. Leave it out.")
+        return chosen
 
     def _wants(self, name: str) -> bool:
         part, path = name.split(".", 1)
@@ -101,16 +124,16 @@ class LowRankUpdate(nn.Module):
     alpha: Tensor
     magnitude: nn.Parameter | None
 
-    def __init__(self, layer: Changeable, rank: int, alpha: float, dropout: float, dora: bool):
+    def __init__(self, start: LowRank, weight: Tensor, dropout: float = 0.0):  # weight: the layer's
         super().__init__()
-        weight = layer.weight
-        self.down = nn.Parameter(weight.new_empty(rank, *weight.shape[1:], dtype=torch.float32))
-        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
-        self.register_buffer("alpha", torch.tensor(float(alpha), device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        down, up = start.down.detach().float(), start.up.detach().float().flatten(1)
+        self.down = nn.Parameter(down.reshape(start.rank, *weight.shape[1:]).to(weight.device))
+        self.up = nn.Parameter(up.to(weight.device))
+        self.register_buffer("alpha", torch.tensor(start.alpha, device=weight.device))
         self.dropout = dropout
-        lengths = weight.detach().float().flatten(1).norm(dim=1) if dora else None
-        self.magnitude = None if lengths is None else nn.Parameter(lengths)
+        self.magnitude = None
+        if start.magnitude is not None:
+            self.magnitude = nn.Parameter(start.magnitude.detach().float().flatten().to(weight.device))
 
     @property
     def scale(self) -> Tensor:
@@ -139,18 +162,7 @@ class LowRankUpdate(nn.Module):
         with torch.no_grad():
             delta = self.scale * (self.up @ self.down.flatten(1))
             lengths = (layer.weight.detach().float().flatten(1) + delta).norm(dim=1)
-        return self.magnitude / lengths
-
-    def load(self, given: LowRank) -> None:
-        """Takes a file's tensors; the rank is theirs."""
-        device = self.up.device
-        self.down = nn.Parameter(given.down.detach().float().reshape(given.rank, *self.down.shape[1:]).to(device))
-        self.up = nn.Parameter(given.up.detach().float().flatten(1).to(device))
-        self.alpha.fill_(given.alpha)
-        if given.magnitude is not None:
-            self.magnitude = nn.Parameter(given.magnitude.detach().float().flatten().to(device))
-        else:
-            self.magnitude = None
+        return torch.where(lengths > 0, self.magnitude / lengths, 1.0)  # a row of zeros has no direction to stretch
 
     def content(self) -> LowRank:
         ends = (1,) * (self.down.ndim - 2)
@@ -168,28 +180,22 @@ def layers_of(network: nn.Module, text_encoder: nn.Module) -> dict[str, Changeab
     return found
 
 
-def _refuse_strangers(lora: Lora, known: dict[str, Changeable]) -> None:
-    strangers = sorted(lora.layers.keys() - known.keys())
-    if strangers:
-        raise ConfigError(
-            f"the LoRA changes {len(strangers)} layers that this model does not have (first: {strangers[0]}): it was "
-            "made for another architecture. Load the base that it was trained on."
-        )
+def _first(layer: Changeable, rank: int, alpha: float, dora: bool) -> LowRank:
+    """An update that changes nothing yet."""
+    weight = layer.weight.detach()
+    down = weight.new_empty(rank, *weight.shape[1:], dtype=torch.float32)
+    nn.init.kaiming_uniform_(down, a=5**0.5)
+    up = weight.new_zeros(weight.shape[0], rank, dtype=torch.float32)
+    return LowRank(down, up, alpha, weight.float().flatten(1).norm(dim=1) if dora else None)
 
 
-def _refuse_shapes(lora: Lora, layers: dict[str, Changeable]) -> None:
-    wrong = []
-    for name, update in lora.layers.items():
-        weight = layers[name].weight
-        fits = update.up.shape[0] == weight.shape[0] and update.down[0].numel() == weight[0].numel()
-        if not fits:
-            wrong.append((name, (update.up.shape[0], *update.down.shape[1:]), tuple(weight.shape)))
-    if wrong:
-        name, theirs, ours = wrong[0]
+def _refuse_second(name: str, layer: Changeable, start: LowRank) -> None:
+    """ConfigError for a DoRA beside another update: it sets the lengths of the rows, so their order would count."""
+    there = _UPDATES.get(layer, [])
+    if there and (start.magnitude is not None or any(update.magnitude is not None for update in there)):
         raise ConfigError(
-            f"the LoRA does not fit this model: {len(wrong)} layers are of another size (first: {name}, {theirs} in "
-            f"the LoRA, {ours} here). Stable Diffusion 1 reads text of 768 numbers a token, 2 of 1024: load the base "
-            "that it was trained on."
+            f"{name} would be changed by two LoRAs, one of which is a DoRA: that sets the lengths of the rows, so "
+            "there is no sum of them. Merge one into the model first, task=merge method=lora, and attach the other."
         )
 
 

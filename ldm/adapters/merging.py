@@ -62,24 +62,6 @@ def with_lora(state: State, part: str, loras: Sequence[Lora], ratios: Sequence[f
         yield name, weight
 
 
-def check_fits(lora: Lora, shapes: Mapping[str, State], source: str) -> None:
-    """ConfigError unless every layer of a LoRA is a weight of the model. shapes: part -> its state, meta will do."""
-    problems = []
-    for layer, update in lora.layers.items():
-        part, _, path = layer.partition(".")
-        weight = shapes.get(part, {}).get(f"{path}.weight")
-        if weight is None:
-            problems.append(f"there is no {layer}")
-        elif (update.up.shape[0], update.down[0].numel()) != (weight.shape[0], weight[0].numel()):
-            update_size, size = f"{update.up.shape[0]}x{update.down[0].numel()}", f"{len(weight)}x{weight[0].numel()}"
-            problems.append(f"{layer} is {size}, its update {update_size}")
-    if problems:
-        raise ConfigError(
-            f"{source} is a LoRA for another architecture: {len(problems)} of its {len(lora.layers)} layers do not fit "
-            f"(first: {'; '.join(problems[:2])}). Give the checkpoint that it was trained on, or one of that family."
-        )
-
-
 def combined(loras: Sequence[Lora], ratios: Sequence[float], rank: int | None = None) -> Lora:
     """One LoRA whose update is the weighted sum of several: their factors side by side, exactly, of the ranks' sum.
 

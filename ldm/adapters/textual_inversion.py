@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.adapters.adapter import Adapter
 from ldm.adapters.content import Embedding
@@ -36,7 +35,7 @@ class TextualInversion(Adapter):
         if num_vectors < 1:
             raise ConfigError(f"adapter.textual_inversion.num_vectors={num_vectors}: must be at least 1.")
         self.placeholder, self.initial_text, self.num_vectors = placeholder, initial_text, num_vectors
-        self.vectors: nn.Parameter | None = None  # (n, width)
+        self.embedding: nn.Embedding | None = None  # (n, width): optimizers know tables from matrices by this name
         self._text_encoder: list[CLIPTokenized] = []  # in a list: it is no part of this module
 
     @classmethod
@@ -45,17 +44,19 @@ class TextualInversion(Adapter):
         if content.token is None:
             raise ConfigError("the embedding's file does not say its word: give token=, the word that prompts use.")
         made = cls(content.token, num_vectors=len(content.vectors))
-        made.vectors = nn.Parameter(content.vectors.detach().float())
+        made.embedding = _table(content.vectors)
         return made
 
+    @property
+    def vectors(self) -> Tensor:
+        assert self.embedding is not None, "attach it first"
+        return self.embedding.weight
+
     def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
-        if not isinstance(text_encoder, CLIPTokenized):
-            raise ConfigError(
-                f"textual inversion needs a text encoder that reads words, not {type(text_encoder).__name__}."
-            )
+        text_encoder = self.readable(text_encoder)
         rows = text_encoder.token_embedding.weight
-        if self.vectors is None:
-            self.vectors = nn.Parameter(self._first_vectors(text_encoder).to(rows.device, torch.float32))
+        if self.embedding is None:
+            self.embedding = _table(self._first_vectors(text_encoder).to(rows.device))
         if self.vectors.shape[1] != rows.shape[1]:
             raise ConfigError(
                 f"the embedding {self.placeholder} is {self.vectors.shape[1]} numbers wide, this model's words are "
@@ -63,6 +64,15 @@ class TextualInversion(Adapter):
             )
         text_encoder.add_word(self.placeholder, self.vectors)
         self._text_encoder = [text_encoder]
+
+    def readable(self, text_encoder: TextEncoder) -> CLIPTokenized:
+        """The text encoder, if it reads words and the placeholder can be one; what is known without its tokenizer."""
+        if not isinstance(text_encoder, CLIPTokenized):
+            raise ConfigError(
+                f"textual inversion needs a text encoder that reads words, not {type(text_encoder).__name__}."
+            )
+        text_encoder.check_word(self.placeholder)
+        return text_encoder
 
     def detach(self) -> None:
         for text_encoder in self._text_encoder:
@@ -79,7 +89,7 @@ class TextualInversion(Adapter):
             for text_encoder in attached:
                 self.attach(nn.Module(), text_encoder)
 
-    def _first_vectors(self, text_encoder: CLIPTokenized) -> torch.Tensor:  # -> (n, width)
+    def _first_vectors(self, text_encoder: CLIPTokenized) -> Tensor:  # -> (n, width)
         ids = [token.id for token in text_encoder.tokens(self.initial_text)]
         if not ids:
             raise ConfigError(
@@ -90,5 +100,8 @@ class TextualInversion(Adapter):
         return text_encoder.token_embedding.weight.detach()[chosen]
 
     def content(self) -> Embedding:
-        assert self.vectors is not None
         return Embedding(self.placeholder, self.vectors.detach())
+
+
+def _table(vectors: Tensor) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(vectors.detach().float(), freeze=False)

@@ -23,7 +23,7 @@ def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         if not config[key]:
             raise ConfigError(f"task=convert needs {key}=, for example {key}={example}.")
     if is_adapter(config.checkpoint) or config.format in ADAPTER_FORMATS:
-        convert_adapter(config.checkpoint, Path(config.output), config.format, config.dtype)
+        convert_adapter(config.checkpoint, Path(config.output), config.format, config.dtype, config.weights)
         print(f"converted: {config.output}")
         return {}
     check_target(Path(config.output), config.format, config.dtype)  # before gigabytes are read

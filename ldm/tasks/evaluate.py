@@ -67,10 +67,8 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     images = _image_shards(config["shards"] or trained.get("data", {}).get("shards"))
     size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
-    result = _reconstruction(metrics, parts.autoencoder.eval(), images, size)
+    result = _reconstruction(metrics, parts.eval().autoencoder, images, size)
     if parts.denoiser is not None and parts.text_encoder is not None:
-        parts.text_encoder.eval()
-        parts.denoiser.model.eval()  # type: ignore[attr-defined]
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
         for half, captions in _captions(images, config["eval_images"], config["seed"]).items():

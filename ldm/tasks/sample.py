@@ -16,9 +16,11 @@ from rich.progress import Progress
 from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.errors import ConfigError
+from ldm.formats.adapters import located
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
+from ldm.training.adapters import is_run
 from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
@@ -79,7 +81,7 @@ def _adapters(config: DictConfig) -> list[tuple[str, float]]:
 def _fingerprint(path: str) -> str:
     """Of an adapter's file, or of a run's newest state."""
     place = Path(path).expanduser()
-    file = place if place.is_file() else find(place) / "manifest.json"
+    file = find(place) / "manifest.json" if is_run(place) else located(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

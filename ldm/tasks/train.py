@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import build
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
+from ldm.formats.whole import written_whole
 from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
@@ -21,9 +23,9 @@ from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
-from ldm.training.assemble import DIFFUSION_NODES, caption_templates, check_builds
+from ldm.training.assemble import DIFFUSION_NODES, caption_templates, check_adapters, check_builds, refuse_unsaid
 from ldm.training.callbacks.saving import Interrupted
-from ldm.training.checkpoints import folder_name, run_of
+from ldm.training.checkpoints import folder_name, read_config, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
@@ -34,7 +36,9 @@ STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", 
 def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
     check(config)
-    caption_templates(plain(config))  # refused before anything is read
+    templates = caption_templates(plain(config))  # refused before anything is read
+    if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
+        refuse_unsaid(config.adapter.textual_inversion.placeholder, templates.all([]))
     check_prior(config)
     start_from_any_layout(config)
     if config.stages:
@@ -45,6 +49,11 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 def start_from_any_layout(config: DictConfig) -> None:
     """checkpoint= becomes a checkpoint folder of ours; with adopt=true the configuration takes its architecture."""
+    if config.adapter and not config.checkpoint:
+        raise ConfigError(
+            f"adapter=[{','.join(config.adapter)}] is trained beside a model that is there already: give "
+            "checkpoint=PATH, as with experiment=finetune."
+        )
     if config.adopt and not config.checkpoint:
         raise ConfigError(
             "adopt=true needs the model to go on from: checkpoint=PATH (a run, a diffusers folder, a .safetensors or "
@@ -54,6 +63,8 @@ def start_from_any_layout(config: DictConfig) -> None:
         return
     folder = as_ours(config)
     config.checkpoint = str(folder)
+    if config.module == "latent_diffusion":
+        check_adapters(plain(config), read_config(folder), folder)
     if not config.adopt:
         return
     nodes = adopted(folder)
@@ -71,6 +82,8 @@ def _trained(config: DictConfig, values: dict[str, Any], arm: Path | None) -> Fi
         finished = train_run(values, lambda digest: _directory(config, digest, arm))
     except Interrupted as stop:
         _export(config, stop.folder)
+        if dist.is_available() and dist.is_initialized():  # a rank that leaves first takes the exporting one with it
+            dist.barrier()
         raise
     _say(finished)
     _export(config, finished.path / "checkpoints" / folder_name(finished.step))
@@ -88,14 +101,15 @@ def _export(config: DictConfig, checkpoint: Path) -> None:
         if not target.exists():
             loaded = load_any(checkpoint)
             if loaded.parts.adapters:
-                save_adapters(loaded.parts.adapters, target, run.name)
+                with written_whole(target) as part:
+                    save_adapters(loaded.parts.adapters, part, run.name)
             else:
                 save_any(loaded, target, config.export)
-        for older in set(target.parent.iterdir()) - {target}:
+        for older in set(target.parent.glob("step-*")) - {target}:
             shutil.rmtree(older) if older.is_dir() else older.unlink()
         for path in sorted(target.iterdir()) if config.adapter else [target]:
             print(f"export: {path}")
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"not exported: {error} Later: python -m ldm.run task=convert checkpoint={run} format= output=")
 
 

@@ -82,14 +82,18 @@ class CLIPTokenized(TextEncoder):
 
     def add_word(self, word: str, vectors: Tensor) -> None:
         """`word` in a text stands for `vectors` (n, width) from now on; the tokenizer that is saved is not changed."""
-        if not word or any(c.isspace() for c in word):
-            raise ConfigError(f"'{word}' cannot be a new word: give one without blanks, like <new>.")
+        self.check_word(word)
         added = word.lower() in self._words
         if added or len(self.tokens(word)) == 1:
             known = "was added before" if added else "is an ordinary word of this model"
             raise ConfigError(f"'{word}' {known}: what prompts mean by it would change. Give a new one, like <new>.")
         self._words[word.lower()] = vectors
         self._read_words()
+
+    def check_word(self, word: str) -> None:
+        """ConfigError for what can be no word in any vocabulary."""
+        if not word or any(c.isspace() for c in word):
+            raise ConfigError(f"'{word}' cannot be a new word: give one without blanks, like <new>.")
 
     def remove_word(self, word: str) -> None:
         del self._words[word.lower()]

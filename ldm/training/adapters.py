@@ -12,8 +12,7 @@ from ldm.adapters.lora import LoRA
 from ldm.adapters.textual_inversion import TextualInversion
 from ldm.build import build
 from ldm.errors import ConfigError
-from ldm.formats.adapters import read_adapter, write_adapter
-from ldm.formats.checkpoint import kind
+from ldm.formats.adapters import adapter_kind, read_adapter, write_adapter
 from ldm.training.assemble import Parts, fill, load_trained
 from ldm.training.checkpoints import State, find, load_parts, read_config
 
@@ -29,24 +28,34 @@ def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: 
     path = Path(path).expanduser()
     network, text_encoder = parts.network, parts.text_encoder
     assert text_encoder is not None
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
-        made = _of_run(path, parts)
-    else:
-        content = read_adapter(path, weight_names(parts), token)
-        adapter = adapter_of(content)
-        adapter.attach(network, text_encoder)
-        made = [adapter]
+    made: list[Adapter] = []
+    try:
+        if is_run(path):
+            _attach_of_run(path, parts, made)
+        else:
+            made.append(adapter_of(read_adapter(path, weight_names(parts), token)))
+            made[0].attach(network, text_encoder)
+        _set_strength(made, strength, path)
+    except ConfigError:  # all or nothing
+        for adapter in made:
+            adapter.detach()
+        raise
     for adapter in made:
-        if isinstance(adapter, TextualInversion) and strength != 1:
-            for attached in made:
-                attached.detach()
-            raise ConfigError(
-                f"{path}: new words have no weight of their own ({strength:g} was asked). Leave it out, and weigh the "
-                f"word in the prompt: prompt_weights=true, ({adapter.placeholder}:{strength:g})."
-            )
-        adapter.strength = strength
         adapter.eval().requires_grad_(False)
     return made
+
+
+def _set_strength(adapters: list[Adapter], strength: float, path: Path) -> None:
+    """Words of a run have none; where nothing else is there that could have it, it is refused."""
+    weighed = [adapter for adapter in adapters if not isinstance(adapter, TextualInversion)]
+    for adapter in weighed:
+        adapter.strength = strength
+    if strength != 1 and not weighed:
+        word = next(a.placeholder for a in adapters if isinstance(a, TextualInversion))
+        raise ConfigError(
+            f"{path}: new words have no weight of their own ({strength:g} was asked). Leave it out, and weigh the word "
+            f"in the prompt: prompt_weights=true, ({word}:{strength:g})."
+        )
 
 
 def adapter_of(content: Content) -> Adapter:
@@ -74,19 +83,23 @@ def save_adapters(adapters: dict[str, Adapter], folder: Path, name: str) -> list
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a path is an adapter's own file or folder; ConfigError where nothing can be read there."""
+    """Whether a path is an adapter's own file or folder, in anybody's layout; False for what cannot be read."""
     place = Path(path).expanduser()
-    if (place / "adapter_config.json").is_file():
-        return True
-    return place.is_file() and kind(place) in ("lora", "textual_inversion", "hypernetwork")
+    if is_run(place) or not place.exists():
+        return False
+    try:
+        adapter_kind(place)
+    except ConfigError:
+        return False
+    return True
 
 
-def convert_adapter(path: str | Path, output: Path, format: str, dtype: str = "float32") -> None:
+def convert_adapter(path: str | Path, output: Path, format: str, dtype: str = "float32", weights: str = "ema") -> None:
     """An adapter's file, or that of a run of ours, in another program's format."""
     if is_adapter(path):
         contents = [read_adapter(path)]
     else:
-        trained, _, _ = load_trained(path)
+        trained, _, _ = load_trained(path, weights)
         contents = [adapter.content() for adapter in trained.adapters.values() if format in adapter.formats]
     if len(contents) != 1:
         raise ConfigError(
@@ -104,7 +117,7 @@ def merged_states(parts: Parts) -> dict[str, State]:
         if not isinstance(content, Lora):
             raise ConfigError(
                 f"the model has a {adapter.kind} ({name}), which no checkpoint's weights can hold: it leaves as a file "
-                "of its own (export/ of its run, Pipeline.save_adapter). Take the adapter off, or load the base alone."
+                "of its own (export/ of its run). Take the adapter off, or load the base alone."
             )
         for layer, update in content.layers.items():
             part, path = layer.split(".", 1)
@@ -113,18 +126,23 @@ def merged_states(parts: Parts) -> dict[str, State]:
     return states
 
 
-def _of_run(path: Path, parts: Parts) -> list[Adapter]:
+def is_run(path: Path) -> bool:
+    """Whether a path is a run or checkpoint folder of ours."""
+    return (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def _attach_of_run(path: Path, parts: Parts, made: list[Adapter]) -> None:
+    """Attaches all adapters of a run; `made` holds those that it came to, also when one does not fit."""
     folder = find(path)
     nodes = read_config(folder).get("adapter") or {}
     if not nodes:
         raise ConfigError(f"{path} is a whole model without adapters: load it as checkpoint=, not as an adapter.")
-    states, made = load_parts(folder), []
+    assert parts.text_encoder is not None
+    states = load_parts(folder, only=list(nodes))
     for name, node in nodes.items():
-        adapter = build(node, f"adapter.{name}")
-        adapter.attach(parts.network, parts.text_encoder)
-        fill(adapter, states[name], name, folder)
-        made.append(adapter)
-    return made
+        made.append(build(node, f"adapter.{name}"))
+        made[-1].attach(parts.network, parts.text_encoder)
+        fill(made[-1], states[name], name, folder)
 
 
 def weight_names(parts: Parts) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm.adapters.adapter import Adapter
+from ldm.adapters.textual_inversion import TextualInversion
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
@@ -46,6 +47,12 @@ class Parts:
         """The denoising network of a whole model."""
         assert self.denoiser is not None and isinstance(self.denoiser.model, nn.Module)
         return self.denoiser.model
+
+    def eval(self) -> Parts:
+        """For drawing: nothing drops out, adapters included, and nothing has a gradient."""
+        for module in (*self.modules().values(), *self.adapters.values()):
+            module.eval().requires_grad_(False)
+        return self
 
     def modules(self) -> dict[str, nn.Module]:
         """What checkpoints hold, by the name that it has there."""
@@ -115,22 +122,48 @@ def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
     module.load_state_dict(state)
 
 
+def check_adapters(config: Config, saved: Config, source: Path | str | None) -> None:
+    """ConfigError where a run would not go on with the adapters of the checkpoint that it starts from, as they are.
+
+    saved: the checkpoint's configuration.
+    """
+    nodes, before = (c.get("adapter") or {} for c in (config, saved))
+    forgotten = sorted(before.keys() - nodes.keys())
+    if forgotten:
+        raise ConfigError(
+            f"checkpoint={source} was trained with an adapter, {', '.join(forgotten)}: add "
+            f"adapter=[{','.join(sorted(before))}] to go on with it, or merge it into the model first, task=merge."
+        )
+    for name, node in nodes.items():
+        other = {k: v for k, v in before.get(name, node).items() if k not in ("lr", "dropout", "format")}
+        changed = [k for k, v in other.items() if node.get(k) != v]
+        if changed:
+            raise ConfigError(
+                f"adapter.{name}.{changed[0]}={node.get(changed[0])}, but checkpoint={source} was trained with "
+                f"{other[changed[0]]}: its tensors mean that. Give adapter.{name}.{changed[0]}={other[changed[0]]}, or "
+                "start from the base."
+            )
+
+
 def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], source: Path | None = None) -> None:
     """Builds the configured adapters onto parts that have their weights; filled from `states` where those hold them.
 
     Their fresh tensors depend on the base: what an embedding begins as, how long DoRA's rows are.
     """
     nodes = config.get("adapter") or {}
-    strangers = sorted(states.keys() - nodes.keys() - {"unet", "vae", "text_encoder"})
-    if strangers:
-        raise ConfigError(
-            f"checkpoint={source} was trained with an adapter, {', '.join(strangers)}: add "
-            f"adapter=[{','.join(strangers)}] to go on with it, or merge it into the model first, task=merge."
-        )
     if not nodes:
         return
-    if parts.denoiser is None or parts.text_encoder is None:
-        raise ConfigError(f"adapter=[{','.join(nodes)}] belongs to module=latent_diffusion: leave it out here.")
+    if parts.denoiser is None or parts.text_encoder is None or "unet" not in states:
+        raise ConfigError(
+            f"adapter=[{','.join(nodes)}] is trained beside a whole model that is there already: give checkpoint=PATH."
+        )
+    inputs = "conv_in.weight"
+    own = parts.network.state_dict().get(inputs)
+    if own is not None and inputs in states["unet"] and states["unet"][inputs].shape[1] < own.shape[1]:
+        raise ConfigError(
+            "masking=random with an adapter: the checkpoint's network has no inputs for mask and masked picture, and "
+            "an adapter cannot learn them. Start from a model that repaints, or train the whole one, without adapter=."
+        )
     for name, node in nodes.items():
         adapter = build(node, f"adapter.{name}")
         adapter.attach(parts.network, parts.text_encoder)
@@ -144,8 +177,11 @@ def check_builds(config: Config) -> None:
     parts = build_parts(config, device="meta")
     for name, node in (config.get("adapter") or {}).items():
         adapter = build(node, f"adapter.{name}")
-        if parts.denoiser is not None and adapter.kind != "textual_inversion":  # that needs the words
-            assert parts.text_encoder is not None
+        if parts.denoiser is None or parts.text_encoder is None:
+            raise ConfigError(f"adapter=[{name}] belongs to module=latent_diffusion: leave it out here.")
+        if isinstance(adapter, TextualInversion):  # more can be said where the words are
+            adapter.readable(parts.text_encoder)
+        else:
             adapter.attach(parts.network, parts.text_encoder)
 
 
@@ -199,6 +235,15 @@ def caption_templates(config: Config) -> Templates | None:
     if templates and not templates.get("subject") and word:
         templates = {**templates, "subject": word}  # what is learnt is what templates speak of
     return one_caption(prompt) if prompt else build(templates, "templates")
+
+
+def refuse_unsaid(word: str, captions: Iterable[str]) -> None:
+    """ConfigError where no caption has the new word: its vectors would never see a gradient."""
+    if not any(word.lower() in caption.lower() for caption in captions):
+        raise ConfigError(
+            f"no caption says {word}, the word that is to be learnt: train with templates=object (a thing) or "
+            f'templates=style (a manner), with instance_prompt="a photo of {word}", or write it into the captions.'
+        )
 
 
 def build_module(config: Config, parts: Parts, prior: PriorImages | None = None) -> TrainedModule:

@@ -159,13 +159,15 @@ def find(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load_parts(folder: Path, weights: str = "ema") -> dict[str, State]:
-    """Tensors of every part, the averaged ones where they are asked for and there."""
+def load_parts(folder: Path, weights: str = "ema", only: Sequence[str] | None = None) -> dict[str, State]:
+    """Tensors of every part (or of those named), the averaged ones where they are asked for and there."""
     parts = {}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name.endswith(".ema.safetensors"):
             continue
         name = file.name.removesuffix(".safetensors")
+        if only is not None and name not in only:
+            continue
         parts[name] = load_file(file)
         averaged = folder / f"{name}.ema.safetensors"
         if weights == "ema" and averaged.is_file():

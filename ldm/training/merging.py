@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.content import Lora, LowRank
-from ldm.adapters.merging import add_difference, check_fits, combined, extracted, weighted_sum, with_lora
+from ldm.adapters.merging import add_difference, combined, extracted, weighted_sum, with_lora
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats.adapters import read_adapter, write_adapter
@@ -74,8 +74,11 @@ def merge(
         added = [_read_lora(path, names) for path in checkpoints[1:]] if method == "lora" else []
         model.config["merge"] = recipe
         check_carries(model, format)
+        of_layer = {
+            f"{part}.{name.removesuffix('.weight')}": w for part, s in _shapes(model).items() for name, w in s.items()
+        }
         for lora, path in zip(added, checkpoints[1:], strict=False):
-            check_fits(lora, _shapes(model), str(path))
+            lora.check_fits(of_layer, str(path))
         save_states(model, _merged(opened, method, given, added, dtype), target, format, dtype)
     return target
 

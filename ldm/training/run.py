@@ -28,7 +28,9 @@ from ldm.training.assemble import (
     build_module,
     build_parts,
     caption_templates,
+    check_adapters,
     fill_parts,
+    refuse_unsaid,
     weight_seed,
 )
 from ldm.training.callbacks.saving import Checkpoints
@@ -93,11 +95,13 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
         return Finished(directory.path, done["step"], False, done.get("metrics", {}))
     _remark_on_few(data, templates)
     if of_diffusion and "textual_inversion" in (config["adapter"] or {}):
-        _refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))
+        refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))
     torch.manual_seed(weight_seed(config))
     parts = build_parts(config)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
         parts.text_encoder.set_tokenizer(tokenizer)
+    if of_diffusion and "given" in start:
+        check_adapters(config, read_config(start["given"]), start["given"])
     states = _fill_from_checkpoints(parts, start, config)
     load_pretrained(parts, set(states))
     if config["frozen_dtype"] != "float32":
@@ -139,15 +143,6 @@ def _remark_on_few(data: ShardDataModule, templates: Templates | None) -> None:
             f"warning: {pictures} of a {templates.learns}; {few} to {many} are usual, and fewer tend to be learnt by "
             "heart: add some that differ in all but what is to be learnt.",
             flush=True,
-        )
-
-
-def _refuse_unsaid(word: str, captions: Iterator[str]) -> None:
-    """ConfigError where no caption has the new word: its vectors would never see a gradient."""
-    if not any(word.lower() in caption.lower() for caption in captions):
-        raise ConfigError(
-            f"no caption says {word}, the word that is to be learnt: train with templates=object (a thing) or "
-            f'templates=style (a manner), with instance_prompt="a photo of {word}", or write it into the captions.'
         )
 
 
@@ -242,8 +237,8 @@ def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[st
         states = load_parts(folder, config["weights"])
         if kind == "latents":
             states = {"vae": states["vae"]}
-        elif "latents" in start and "vae" in states:
-            _check_same_autoencoder(start["latents"], folder)
+        elif "vae" in filled and "vae" in states:
+            _check_same_autoencoder(filled["vae"], states["vae"], folder)
         fill_parts(parts, states, folder)
         filled |= states
     return filled
@@ -259,10 +254,12 @@ def _hold_frozen(config: dict[str, Any], parts: Parts, directory: RunDirectory) 
     cast_frozen(parts, adapted, DTYPES[config["frozen_dtype"]])
 
 
-def _check_same_autoencoder(latents: Path, given: Path) -> None:
+def _check_same_autoencoder(ours: State, theirs: State, given: Path) -> None:
     """Latents are only good with the autoencoder that made them."""
-    ours, theirs = (read_manifest(f)["files"]["vae.safetensors"]["sha256"] for f in (latents, given))
-    if ours != theirs:
+    same = ours.keys() == theirs.keys() and all(
+        torch.equal(v.nan_to_num(), theirs[k].nan_to_num()) for k, v in ours.items()
+    )
+    if not same:
         raise ConfigError(
             f"checkpoint={given} holds another autoencoder than the one that encoded these latents: encode them again "
             f"with task=encode checkpoint={given}, or start from a checkpoint trained on them."

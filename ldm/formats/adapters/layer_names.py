@@ -18,6 +18,7 @@ _WORDS = (
 )
 _SPLIT = re.compile(rf"(?<![^_])({'|'.join(_WORDS.split())})(?![^_])|_")
 _COMPVIS = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_\d|out_\d)")
+_OF_UNET = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)_?")
 _OLD_TEXT = {f"self_attn.to_{x}": f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")}
 
 
@@ -41,6 +42,11 @@ class LayerNames:
         if _COMPVIS.match(theirs):
             raise ConfigError(
                 f"{theirs} is CompVis' name of a layer: only with the base at hand (names=) can it be found."
+            )
+        if theirs.startswith(PREFIXES["unet"]) and not _OF_UNET.match(theirs):
+            raise ConfigError(
+                f"{theirs} is no layer of Stable Diffusion's U-Net: only with the base at hand (Pipeline.load_adapter, "
+                "or checkpoint=RUN of the run that made it) can it be found."
             )
         if theirs.startswith(PREFIXES["unet"]):
             return "unet." + _SPLIT.sub(_dot, theirs.removeprefix(PREFIXES["unet"]))
