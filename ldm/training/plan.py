@@ -65,7 +65,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     words = parts.text_encoder
     if isinstance(words, CLIPTokenized) and not words.has_tokenizer:  # which words it knows changes no size
         words.set_tokenizer(build_tokenizer(["a photo"], words.vocab_size))
-    attach_adapters(config, parts, {})
+    attach_adapters(config, parts, {"unet": dict(parts.network.state_dict())})
     module = build_module(config, parts)
     assert isinstance(module, LatentDiffusion)
     trained = module.trained_parameters()
