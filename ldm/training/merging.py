@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.content import Lora, LowRank
+from ldm.adapters.lora import LoRA
 from ldm.adapters.merging import add_difference, combined, extracted, weighted_sum, with_lora
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
@@ -28,7 +29,7 @@ from ldm.training.checkpoints import State
 from ldm.training.loading import Loaded, Stored, check_carries, check_target, open_any, save_states
 
 METHODS = ("sum", "add_difference", "lora", "extract")
-LORA_FORMATS = ("kohya", "peft")
+LORA_FORMATS = LoRA.formats
 
 
 def merge(
