@@ -62,7 +62,7 @@ class Pipeline:
                 f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion, or the "
                 "folder or file of a whole pipeline."
             )
-        parts.eval()
+        parts.for_sampling()
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         made = cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
         made.adapters = dict(parts.adapters)

@@ -7,7 +7,7 @@ words: what the base draws of mine when it is asked in its own words, the most t
 heart: a figure that it never saw. Captions say the rest ("a large red WORD at the left on a grey background").
 Scores are shares of 128 pictures drawn from captions that were not among the 8, with their 95 % intervals:
 figure: the nearest textbook figure is the right one; all: colour, size, place, background, too; kept: every word right
-in 128 pictures of captions that the base was trained on. Writes results.csv and METHOD pictures; one thread.
+in 128 pictures of captions that the base was trained on. Writes results.csv and methods.png; one thread.
 """
 
 import csv
@@ -165,6 +165,8 @@ def main(base: str, *chosen: str) -> None:
             rows.append(result(base, method, subject, word, kept_prompts))
             print(rows[-1], flush=True)
             write(rows, "results.csv" if not chosen else f"results_{'_'.join(chosen)}.csv")
+    if not chosen:
+        overview()
 
 
 def result(base: str, method: str, subject: str, word: str, kept_prompts: list[str]) -> dict[str, str]:
@@ -194,7 +196,7 @@ def result(base: str, method: str, subject: str, word: str, kept_prompts: list[s
     size = sum(p.stat().st_size for p in files)
     prompts = [caption(subject, attributes(subject, i, 1), word) for i in range(PICTURES)]
     images = drawn(pipe, prompts)
-    grid(images[:16], prompts[:16]).save(HERE / f"{subject}_{method}.png")
+    grid(images[:16], prompts[:16]).save(WORK / f"{subject}_{method}.png")
     metric = reader.ShapeScore()
     metric.update(drawn(pipe, kept_prompts), kept_prompts)
     found = score(images, subject) | {"kept": round(float(metric.compute()["all"]) * PICTURES)}
@@ -210,6 +212,23 @@ def result(base: str, method: str, subject: str, word: str, kept_prompts: list[s
         "file_kib": f"{size / 1024:.1f}",
         "minutes": f"{seconds / 60:.2f}",
     }
+
+
+SHOWN = ["base", "textual_inversion_4", "lora", "hypernetwork", "whole", "dreambooth_lora"]
+SHOWN_OF_MINE = ["base", "words", "textual_inversion", "lora", "dreambooth_lora"]
+
+
+def overview() -> None:
+    """methods.png: the same eight prompts by several methods, hearts above and stars below."""
+    names = [f"heart_{m}" for m in SHOWN] + [f"mine_{m}" for m in SHOWN_OF_MINE]
+    sheets = [Image.open(WORK / f"{name}.png") for name in names]
+    halves = [sheet.crop((0, 0, sheet.width, sheet.height // 2)) for sheet in sheets]
+    whole = Image.new("RGB", (max(h.width for h in halves), sum(h.height for h in halves)), "white")
+    top = 0
+    for half in halves:
+        whole.paste(half, (0, top))
+        top += half.height
+    whole.save(HERE / "methods.png")
 
 
 def write(rows: list[dict[str, str]], name: str) -> None:

@@ -67,7 +67,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     images = _image_shards(config["shards"] or trained.get("data", {}).get("shards"))
     size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
-    result = _reconstruction(metrics, parts.eval().autoencoder, images, size)
+    result = _reconstruction(metrics, parts.for_sampling().autoencoder, images, size)
     if parts.denoiser is not None and parts.text_encoder is not None:
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))

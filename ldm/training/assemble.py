@@ -48,8 +48,8 @@ class Parts:
         assert self.denoiser is not None and isinstance(self.denoiser.model, nn.Module)
         return self.denoiser.model
 
-    def eval(self) -> Parts:
-        """For drawing: nothing drops out, adapters included, and nothing has a gradient."""
+    def for_sampling(self) -> Parts:
+        """Nothing drops out, adapters included, and nothing has a gradient."""
         for module in (*self.modules().values(), *self.adapters.values()):
             module.eval().requires_grad_(False)
         return self
