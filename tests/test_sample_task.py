@@ -15,9 +15,12 @@ from commands import here
 from PIL import Image
 
 from ldm import Pipeline
+from ldm.adapters.content import Embedding, Lora, LowRank
 from ldm.build import build
+from ldm.formats.adapters import write_adapter
 from ldm.pictures import film_strip, from_pil, grid, to_pil
 from ldm.sampling import Noise, chosen_steps
+from ldm.tasks.sample import split_weight
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -36,6 +39,7 @@ CASES = {
     ],
     "lines": ["prompts=prompts.txt", "sampler=ddim", "eta=1.0", "num_images=2", "seed=3"],
     "watched": ["film_strip=true", "animation=true", "tiling=true", "prompts=prompts.txt", "weights=raw"],
+    "adapted": ["prompt=a <new> cat", "adapters=[a style.safetensors:0.5,word.pt]"],
 }
 
 
@@ -53,6 +57,12 @@ def drawn(tmp_path_factory, sd1_folder):
     for parameter in weak.sampler.denoiser.model.parameters():
         parameter.data.mul_(0.9)
     weak.save(place / "weak", "ldm")
+    generator = torch.Generator().manual_seed(0)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    width = weak.sampler.text_encoder.context_dim
+    update = LowRank(*(torch.randn(shape, generator=generator) for shape in ((2, width), (64, 2))), 2.0)
+    write_adapter(Lora({layer: update}), place / "a style.safetensors", "kohya")
+    write_adapter(Embedding("<new>", torch.randn(2, width, generator=generator)), place / "word.pt", "a1111")
     folders = {name: typed(place, sd1_folder, *arguments) for name, arguments in CASES.items()}
     return SimpleNamespace(place=place, folders=folders, before=before, after=listing(sd1_folder))
 
@@ -86,6 +96,9 @@ def drawn_again(recipe: dict) -> Image.Image:
     pipe = load(recipe.pop("checkpoint"), recipe.pop("config"), recipe.pop("weights"))
     position, spacing = recipe.pop("position"), recipe.pop("grid")
     guider = build(recipe.pop("guider") | {"rescale": recipe.pop("guidance_rescale")}, "guider")
+    pipe.unload_adapters()
+    for path, weight in map(split_weight, recipe.pop("adapters")):
+        pipe.load_adapter(path, weight)
     request = pipe.request(**recipe | {"sampler": pipe.solver(recipe["sampler"]), "guider": guider})
     request.spacing = None if spacing == "own" else build(spacing, "grid")
     return to_pil(pipe.sampler.sample(request)[position])
@@ -107,7 +120,7 @@ def test_recipes_hold_in_any_working_directory(drawn):
 
 def test_prompts_and_seeds_make_the_pictures_they_should(drawn):
     counts = {name: len(pictures(folder)) for name, folder in drawn.folders.items()}
-    assert [counts[n] for n in CASES] == [1, 2, 2, 1, 2, 4, 2]
+    assert [counts[n] for n in CASES] == [1, 2, 2, 1, 2, 4, 2, 1]
     lines = [recipe_of(p)["prompt"] for p in pictures(drawn.folders["lines"])]
     assert lines == 2 * ["a red cat"] + 2 * ['a café, 100% = "très" {bien} 猫']
     for name in ("image", "mask", "weaker", "lines"):
