@@ -4,7 +4,7 @@ import os
 import stat
 
 import pytest
-from commands import ldm
+from commands import here, ldm
 from PIL import Image
 
 FAST = [  # arguments, words of the one line
@@ -58,28 +58,28 @@ def test_what_the_composition_refuses(arguments, words, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "words"), CHECKED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_what_the_checks_refuse(arguments, words, tmp_path):
-    one_line(ldm(*arguments, cwd=tmp_path), words, tmp_path)
+    one_line(here(*arguments, cwd=tmp_path), words, tmp_path)
 
 
 @pytest.mark.slow
 def test_the_second_stage_wants_the_first(tmp_path, tiny_run):
     shards = next((tiny_run.parent / "stages").glob("shards-*"))
-    one_line(ldm("experiment=sd_base_512", f"shards={shards}", cwd=tmp_path), "outputs/sd_base", tmp_path)
+    one_line(here("experiment=sd_base_512", f"shards={shards}", cwd=tmp_path), "outputs/sd_base", tmp_path)
 
 
 @pytest.mark.slow
 def test_damaged_data_and_places(tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/00000.tar").write_text("<html>not found</html>" * 50)
-    one_line(ldm("shards=tars", "module=autoencoder", "image_size=32", cwd=tmp_path), "00000.tar", tmp_path)
+    one_line(here("shards=tars", "module=autoencoder", "image_size=32", cwd=tmp_path), "00000.tar", tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff not an image")
     (tmp_path / "broken/a.txt").write_text("a broken picture")
-    result = ldm("task=prepare", "source=folder", "images=broken", "output=out", cwd=tmp_path)
+    result = here("task=prepare", "source=folder", "images=broken", "output=out", cwd=tmp_path)
     one_line(result, "undecodable image (first: a.jpg)", tmp_path)
     (tmp_path / "nocaption").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "nocaption/a.png")
-    result = ldm("task=prepare", "source=folder", "images=nocaption", "output=out", cwd=tmp_path)
+    result = here("task=prepare", "source=folder", "images=nocaption", "output=out", cwd=tmp_path)
     one_line(result, "caption", tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -91,14 +91,14 @@ def test_check_says_what_is_wrong_with_a_data_set(tmp_path):
 
     source = ShapesSource(count=8, validation=4, unseen=2)
     write_dataset(source, tmp_path / "shards", facts=source.facts, identity=source.identity())
-    sound = ldm("task=check", "shards=shards", cwd=tmp_path)
+    sound = here("task=check", "shards=shards", cwd=tmp_path)
     assert sound.returncode == 0 and sound.stdout.startswith("sound: "), sound.stderr
     tar = tmp_path / "shards/train/00000.tar"
     data = bytearray(tar.read_bytes())
     data[700] ^= 1  # inside the first picture
     tar.write_bytes(data)
-    one_line(ldm("task=check", "shards=shards", cwd=tmp_path), "sha256 differs", tmp_path)
-    one_line(ldm("task=check", "shards=nowhere", cwd=tmp_path), "nowhere", tmp_path)
+    one_line(here("task=check", "shards=shards", cwd=tmp_path), "sha256 differs", tmp_path)
+    one_line(here("task=check", "shards=nowhere", cwd=tmp_path), "nowhere", tmp_path)
 
 
 @pytest.mark.slow
