@@ -107,7 +107,7 @@ def test_output_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder is wanted")
     blocked.chmod(stat.S_IRUSR)
-    result = ldm("experiment=quickstart", "debug=fast_dev_run", "outputs=blocked", cwd=tmp_path)
+    result = here("experiment=quickstart", "debug=fast_dev_run", "outputs=blocked", cwd=tmp_path)
     one_line(result, "outputs=", tmp_path)
 
 
@@ -125,6 +125,6 @@ def test_mistakes_inside_an_experiment_file(text, words, tmp_path):
     (tmp_path / "own/experiment").mkdir(parents=True)
     (tmp_path / "own/experiment/mine.yaml").write_text(f"# @package _global_\n# Mine.\n{text}\n")
     (tmp_path / "here").mkdir()
-    result = ldm("experiment=mine", "--config-dir", str(tmp_path / "own"), cwd=tmp_path / "here")
+    result = here("experiment=mine", "--config-dir", str(tmp_path / "own"), cwd=tmp_path / "here")
     one_line(result, words, tmp_path / "here")
     assert result.stderr.count("\n") == 1, "one line, and nothing else"

@@ -4,7 +4,7 @@ import csv
 import math
 
 import pytest
-from commands import ldm
+from commands import here
 from conf_nodes import build, options
 
 from ldm.analysis.objective import by_log_snr, findings
@@ -54,11 +54,11 @@ def test_findings_name_what_is_wrong():
 
 @pytest.mark.slow
 def test_the_command_writes_table_and_figure(tmp_path):
-    done = ldm("task=objective", "scheduler=flow", "parameterization=velocity", "output=here", cwd=tmp_path)
+    done = here("task=objective", "scheduler=flow", "parameterization=velocity", "output=here", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing is wrong" in done.stdout and (tmp_path / "here/objective.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "here/objective.csv").open()))
     assert sum(float(r["share"]) for r in rows) == pytest.approx(1.0)
-    refused = ldm("task=objective", "scheduler=flow", "parameterization=eps", "output=there", cwd=tmp_path)
+    refused = here("task=objective", "scheduler=flow", "parameterization=eps", "output=there", cwd=tmp_path)
     assert refused.returncode == 2 and "parameterization=v" in refused.stderr + refused.stdout
     assert not (tmp_path / "there").exists()

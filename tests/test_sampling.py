@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from commands import ldm
+from commands import here
 from PIL import Image
 
 from ldm import Pipeline
@@ -88,7 +88,7 @@ def test_an_autoencoder_is_no_pipeline(tiny_run):
 
 def test_sample_task_draws_what_the_pipeline_draws(tiny_run, pipe, tmp_path):
     prompt = 'a "red" star, 50% = été [x] {y}'
-    result = ldm(
+    result = here(
         "task=sample",
         f"checkpoint={tiny_run}",
         f"prompt={prompt}",
@@ -105,5 +105,5 @@ def test_sample_task_draws_what_the_pipeline_draws(tiny_run, pipe, tmp_path):
     expected = pipe(prompt, num_steps=4, guidance=2.0, seed=3)[0]
     assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
     assert (tmp_path / "out/film_strip.png").is_file() and (tmp_path / "out/grid.png").is_file()
-    bad = ldm("task=sample", f"checkpoint={tiny_run}", "prompt=x", "height=30", cwd=tmp_path)
+    bad = here("task=sample", f"checkpoint={tiny_run}", "prompt=x", "height=30", cwd=tmp_path)
     assert bad.returncode == 2 and "use 28 or 32" in bad.stderr and "Traceback" not in bad.stderr
