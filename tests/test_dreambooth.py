@@ -24,6 +24,8 @@ from ldm.training.masks import RandomMasks
 from ldm.training.prior import PriorImages, read_prior
 from ldm.training.randomness import Draws, normal, seed_of, uniform
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -158,7 +160,6 @@ def test_class_pictures_are_drawn_once_and_an_interrupted_set_is_completed(small
     assert draw_class_pictures({**values, "class_images": None, "class_prompt": "a circle"}) != folder
 
 
-@pytest.mark.slow
 def test_the_experiment_reuses_what_it_made_and_resumes_exactly(small_base, pictures, tmp_path, monkeypatch, capsys):
     given = [f"images={pictures}", "templates=object", "subject=sks star", "class_prompt=a star", "batch_size=4"]
     given += ["num_class_images=5", "max_steps=4", "optimizer.lr=1e-3", "callbacks.checkpoints.every_n_steps=2"]
@@ -201,7 +202,6 @@ def test_the_experiment_reuses_what_it_made_and_resumes_exactly(small_base, pict
         read_prior({**settings, "class_shards": str(small_base.parent / "shards")}, None)
 
 
-@pytest.mark.slow
 def test_a_published_model_draws_its_class_with_its_own_sampler(sd1_folder, tmp_path):
     """From a diffusers folder: the class is what the folder draws, and of the model the U-Net alone has moved."""
     given = [f"images={few.make_pictures(tmp_path / 'p', 2)}", "instance_prompt=a sks cat", "class_prompt=a red cat"]

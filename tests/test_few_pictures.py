@@ -29,6 +29,8 @@ from ldm.training.autoencoder import to_unit
 from ldm.training.checkpoints import all_folders
 from ldm.training.randomness import uniform
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(small_base):
@@ -108,7 +110,6 @@ def test_free_text_needs_no_quotes():
     assert [read[key] for key in keys] == [text] * 3
 
 
-@pytest.mark.slow
 def test_training_draws_captions_by_step_and_position_and_resumes_exactly(data, tmp_path, monkeypatch, read):
     overrides = [f"shards={data[2]}", "templates=object", "subject=sks star", "max_steps=4", "caption_dropout=0.0"]
     quiet = ["callbacks.samples.every_n_steps=4", "callbacks.jump_to_x0=null", "callbacks.validation.every_n_steps=4"]
@@ -274,7 +275,6 @@ def test_bare_pictures_and_one_prompt(small_base, tmp_path, read, capsys):
         )
 
 
-@pytest.mark.slow
 def test_a_style_wants_twenty_and_a_single_picture_trains(small_base, tmp_path, capsys):
     pictures = few.make_pictures(tmp_path / "p", 1)
     given = [f"images={pictures}", "templates=style", "subject=zwx", "max_steps=1"]

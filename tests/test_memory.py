@@ -21,6 +21,8 @@ from ldm.training.checkpoints import all_folders, find, load_parts
 from ldm.training.plan import optimizer_bytes, plan
 from ldm.training.simulation import GPUKernels, LiveBytes, backward
 
+pytestmark = pytest.mark.slow
+
 FEW = ["callbacks.validation=null", "callbacks.jump_to_x0=null", "callbacks.samples.every_n_steps=4"]
 
 
@@ -56,7 +58,6 @@ def run(directory, base, monkeypatch, spy, *overrides):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-@pytest.mark.slow
 def test_frozen_parts_in_bfloat16(base, tmp_path, monkeypatch):
     """Half the memory, nearly the same losses; checkpoints hold the base as it was; a killed run goes on exactly."""
     spy, half = Types(), "frozen_dtype=bfloat16"

@@ -22,6 +22,8 @@ from ldm.tasks.merge import merge_task
 from ldm.training.assemble import Parts
 from ldm.training.loading import Loaded, save_any
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:

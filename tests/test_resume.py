@@ -38,7 +38,13 @@ def uninterrupted(data, tmp_path_factory):
     return directory, spy
 
 
-@pytest.mark.parametrize("point", [("batch_start", 4), ("backward", 7), ("batch_end", 9), ("batch_end", 12)])
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("backward", 7),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in [("batch_start", 4), ("batch_end", 9), ("batch_end", 12)]),
+    ],
+)
 def test_killed_and_started_again_is_the_same_run(point, data, uninterrupted, tmp_path, monkeypatch):
     whole, whole_spy = uninterrupted
     with pytest.raises(Killed):
@@ -65,6 +71,7 @@ def test_muon_resumes_exactly_too(data, tmp_path, monkeypatch):
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_larger_max_steps_continues_and_finished_is_left_alone(data, tmp_path, monkeypatch):
     constant = ["lr_scheduler=constant"]
     run(tmp_path / "run", data, monkeypatch, Spy(), "max_steps=4", *constant)
