@@ -22,6 +22,8 @@ from ldm.training.assemble import Parts
 from ldm.training.checkpoints import Content, write
 from ldm.training.loading import Loaded, save_any
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -267,7 +269,6 @@ def test_layers_without_difference_are_left_out():
     assert (found["b.weight"].squared, found["b.bias"].squared) == (0, 3)
 
 
-@pytest.mark.slow
 def test_diffusers_and_peft_read_the_loras_written_here(place, sd1_folder, tmp_path):
     """The base with our LoRA in diffusers gives what its U-Net and text encoder give with the merged weights."""
     import diffusers

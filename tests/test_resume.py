@@ -84,6 +84,7 @@ def test_larger_max_steps_continues_and_finished_is_left_alone(data, tmp_path, m
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_passed_over(data, uninterrupted, tmp_path, monkeypatch, capsys):
     whole, _ = uninterrupted
     with pytest.raises(Killed):
@@ -95,6 +96,7 @@ def test_damaged_newest_checkpoint_is_passed_over(data, uninterrupted, tmp_path,
     assert fingerprint(all_folders(tmp_path / "run")[-1]) == fingerprint(all_folders(whole)[-1])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_at_the_step_boundary_and_goes_on(data, uninterrupted, tmp_path, monkeypatch):
     whole, _ = uninterrupted
 
