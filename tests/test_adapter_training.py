@@ -9,9 +9,8 @@ import torch
 from commands import here, ldm
 from PIL import Image
 from test_finetune import getattr_, pictures, run, same  # noqa: F401
-from tiny_training import Killed, Spy
+from tiny_training import Killed, Spy, watched
 
-import ldm.training.run as training_run
 from ldm import Pipeline
 from ldm.adapters.content import Embedding, HypernetworkTensors, Lora, LowRank
 from ldm.errors import ConfigError
@@ -95,17 +94,6 @@ def test_a_fresh_process_draws_the_same(trained, sd1_folder, tmp_path):
     assert torch.equal(from_pil(pipe(PROMPT, num_steps=3, seed=1, height=64, width=64)[0]), from_pil(drawn))
 
 
-def spied(monkeypatch, spy):
-    original = training_run.build
-
-    def with_spy(node, path="config", **kwargs):
-        if path == "trainer":
-            kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
-        return original(node, path, **kwargs)
-
-    monkeypatch.setattr(training_run, "build", with_spy)
-
-
 class Signal(Spy):
     """Ctrl-C in the middle of a step."""
 
@@ -126,10 +114,8 @@ def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictu
     options = [f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, *RATES, "max_steps=5", "ema=decay"]
     options += ["callbacks.checkpoints.every_n_steps=2", "adapter.lora.dropout=0.1", "adapter.lora.dora=true"]
     whole = run(tmp_path / "a", "finetune", "mine", *options)
-    with monkeypatch.context() as patch:
-        spied(patch, spy)
-        with pytest.raises((Killed, Interrupted)):
-            run(tmp_path / "b", "finetune", "mine", *options)
+    with watched(monkeypatch, spy), pytest.raises((Killed, Interrupted)):
+        run(tmp_path / "b", "finetune", "mine", *options)
     stopped = tmp_path / "b/outputs/mine"
     if isinstance(spy, Signal):
         (folder,) = (stopped / "export").iterdir()

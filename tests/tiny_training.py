@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,9 @@ class Spy(L.Callback):
         self._maybe_die("batch_end", trainer)
 
 
-def train_watched(settings: dict[str, Any], directory: Path, monkeypatch, spy: L.Callback) -> Finished:
-    """train_run with a spy among the callbacks, before the checkpoint callback."""
+@contextmanager
+def watched(monkeypatch, spy: L.Callback) -> Iterator[None]:
+    """Within the block every run has a spy among its callbacks, before the checkpoint callback."""
     original = training_run.build
 
     def with_spy(node, path="config", **kwargs):
@@ -74,11 +77,15 @@ def train_watched(settings: dict[str, Any], directory: Path, monkeypatch, spy: L
             kwargs["callbacks"] = [spy, *kwargs["callbacks"]]
         return original(node, path, **kwargs)
 
-    monkeypatch.setattr(training_run, "build", with_spy)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "build", with_spy)
+        yield
+
+
+def train_watched(settings: dict[str, Any], directory: Path, monkeypatch, spy: L.Callback) -> Finished:
+    """train_run with a spy."""
+    with watched(monkeypatch, spy):
         return training_run.train_run(settings, lambda digest: directory)
-    finally:
-        monkeypatch.setattr(training_run, "build", original)
 
 
 class Killed(BaseException):

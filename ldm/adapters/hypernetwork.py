@@ -75,14 +75,14 @@ class Hypernetwork(Adapter):
         return made
 
     def attach(self, network: nn.Module, text_encoder: TextEncoder) -> None:
-        readers = {
-            (name, map_name, kind): layer
-            for name, module in network.named_modules()
+        readers = [
+            (kind, layer)
+            for module in network.modules()
             for kind, maps in _READERS.items()
-            for map_name in maps
-            if isinstance(layer := getattr(module, map_name, None), nn.Linear)
-        }
-        found = sorted({layer.in_features for layer in readers.values()})
+            for name in maps
+            if isinstance(layer := getattr(module, name, None), nn.Linear)
+        ]
+        found = sorted({layer.in_features for _, layer in readers})
         strangers = sorted(set(self.widths or ()) - set(found))
         if strangers and self._given is None:
             raise ConfigError(
@@ -100,7 +100,7 @@ class Hypernetwork(Adapter):
             self._fill(self._given)
         device = next(network.parameters()).device
         self.networks.to(device)
-        for (_, _, kind), layer in readers.items():
+        for kind, layer in readers:
             if str(layer.in_features) in self.networks:
                 part: Any = self.networks[str(layer.in_features)]
                 self._handles.append(layer.register_forward_pre_hook(partial(self._changed, part[kind])))

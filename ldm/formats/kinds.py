@@ -96,13 +96,18 @@ def part_of(config: Mapping[str, Any]) -> Kind | None:
     return next((_FOLDERS[name] for name in names if name in _FOLDERS), None)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a path is a run or checkpoint folder of ours."""
+    return (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
+
+
 def of_path(path: Path) -> Kind:
     """The kind of an existing file or folder. ConfigError for a folder that is none, and for damaged files."""
     if path.is_file():
         return of_names(load(path).names)[0]
     if (path / "model_index.json").is_file():
         return "diffusers"
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+    if is_ours(path):
         return "ldm"
     if (path / "config.json").is_file():
         part = part_of(read_json(path / "config.json"))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ldm.config import check, plain
 from ldm.errors import ConfigError
+from ldm.formats.kinds import is_ours
 from ldm.models.inputs import inpainting_channels
 from ldm.training.assemble import DIFFUSION_NODES
 from ldm.training.checkpoints import find
@@ -68,7 +69,7 @@ def _adopt(config: DictConfig) -> None:
     """With adopt=true the architecture is that of a checkpoint folder of ours; others would have to be converted."""
     if not (config.adopt and config.checkpoint):
         return
-    if not any((Path(config.checkpoint) / name).exists() for name in ("manifest.json", "checkpoints")):
+    if not is_ours(Path(config.checkpoint)):
         raise ConfigError(
             f"task=plan writes nothing, so it does not convert checkpoint={config.checkpoint}: leave it out and name "
             "its architecture, for Stable Diffusion 1 model=unet_sd15 autoencoder=kl_f8 text_encoder=clip_l."

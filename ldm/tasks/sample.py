@@ -17,10 +17,10 @@ from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.errors import ConfigError
 from ldm.formats.adapters import located
+from ldm.formats.kinds import is_ours
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
-from ldm.training.adapters import is_run
 from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
@@ -81,7 +81,7 @@ def _adapters(config: DictConfig) -> list[tuple[str, float]]:
 def _fingerprint(path: str) -> str:
     """Of an adapter's file, or of a run's newest state."""
     place = Path(path).expanduser()
-    file = find(place) / "manifest.json" if is_run(place) else located(path)
+    file = find(place) / "manifest.json" if is_ours(place) else located(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

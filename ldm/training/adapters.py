@@ -13,6 +13,7 @@ from ldm.adapters.textual_inversion import TextualInversion
 from ldm.build import build
 from ldm.errors import ConfigError
 from ldm.formats.adapters import adapter_kind, read_adapter, write_adapter
+from ldm.formats.kinds import is_ours
 from ldm.training.assemble import Parts, fill, load_trained
 from ldm.training.checkpoints import State, find, load_parts, read_config
 
@@ -30,7 +31,7 @@ def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: 
     assert text_encoder is not None
     made: list[Adapter] = []
     try:
-        if is_run(path):
+        if is_ours(path):
             _attach_of_run(path, parts, made)
         else:
             made.append(adapter_of(read_adapter(path, weight_names(parts), token)))
@@ -85,7 +86,7 @@ def save_adapters(adapters: dict[str, Adapter], folder: Path, name: str) -> list
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is an adapter's own file or folder, in anybody's layout; False for what cannot be read."""
     place = Path(path).expanduser()
-    if is_run(place) or not place.exists():
+    if is_ours(place) or not place.exists():
         return False
     try:
         adapter_kind(place)
@@ -124,11 +125,6 @@ def merged_states(parts: Parts) -> dict[str, State]:
             weight = states[part][f"{path}.weight"]
             states[part][f"{path}.weight"] = update.merged(weight, adapter.strength).to(weight.dtype)
     return states
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is a run or checkpoint folder of ours."""
-    return (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def _attach_of_run(path: Path, parts: Parts, made: list[Adapter]) -> None:

@@ -23,14 +23,9 @@ def frozen_parts(parts: Parts, adapted: bool) -> dict[str, nn.Module]:
 
     adapted: adapters are trained, and nothing but them.
     """
-    assert parts.denoiser is not None and isinstance(parts.denoiser.model, nn.Module)
     assert parts.text_encoder is not None
-    frozen: dict[str, nn.Module] = {"vae": parts.autoencoder}
-    if adapted:
-        frozen["unet"] = parts.denoiser.model
-    if adapted or not parts.text_encoder.trainable:
-        frozen["text_encoder"] = parts.text_encoder
-    return frozen
+    trained = set() if adapted else {"unet", "text_encoder"} if parts.text_encoder.trainable else {"unet"}
+    return {name: module for name, module in parts.modules().items() if name not in trained}
 
 
 def check_frozen_dtype(config: Mapping[str, Any]) -> None:
