@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -260,18 +261,28 @@ def _pictures(
     if painted is None:
         return image, None
     half = 0.5 if isinstance(painted, Tensor) else 0.0  # pictures were scaled to [-1, 1]
-    return image, (_scaled(painted, size) >= half).to(image)
+    white = _scaled(painted, size) >= half
+    if not white.any():
+        warnings.warn(
+            "the mask has nothing white, so nothing is repainted: paint in white what shall be.", stacklevel=4
+        )
+    return image, white.to(image)
 
 
 def _opened(picture: Picture, name: str, channels: int) -> Image.Image | Tensor:
-    """Upright, in colours or grey, transparency over white: as the pictures of a data set are read."""
+    """Upright, in colours and over white as the pictures of a data set are read; a mask in grey and over black.
+
+    So white strokes on a transparent layer are white where they cover it, whatever colour the layer hides.
+    """
     if isinstance(picture, Tensor):
         if picture.ndim != 3 or len(picture) != channels:
             raise ConfigError(f"{name} as a tensor must be ({channels}, height, width), not {tuple(picture.shape)}.")
+        if channels == 3 and not (picture.is_floating_point() and bool(picture.isfinite().all())):
+            raise ConfigError(f"{name} as a tensor must hold finite numbers in [-1, 1], not {picture.dtype} or NaN.")
         return picture
     if isinstance(picture, Image.Image):
-        colours = to_rgb(ImageOps.exif_transpose(picture))
-        return colours if channels == 3 else colours.convert("L")
+        upright = ImageOps.exif_transpose(picture)
+        return to_rgb(upright) if channels == 3 else to_rgb(upright, behind=0).convert("L")
     if not isinstance(picture, str | Path):
         raise ConfigError(f"{name} must be a picture, a path or a tensor, not {type(picture).__name__}.")
     try:

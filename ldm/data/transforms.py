@@ -68,18 +68,23 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(turn) if turn is not None else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 bits are scaled (Pillow's own conversion clips them), transparency shows white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+def to_rgb(image: Image.Image, behind: int = 255) -> Image.Image:
+    """Any mode to RGB: 16 bits are scaled (Pillow's own conversion clips them), transparency shows what is behind.
+
+    behind: the grey, 0 (black) to 255 (white).
+    """
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and clear is None:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         gray = np.asarray(image, dtype=np.float32)
         scale = 257.0 if image.mode != "F" else max(float(gray.max()), 1.0) / 255
-        return Image.fromarray((gray / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        shown = np.where(gray == clear, behind, gray / scale) if isinstance(clear, int) else gray / scale
+        return Image.fromarray(shown.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (behind, behind, behind, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
     return image.convert("RGB")
 
 
