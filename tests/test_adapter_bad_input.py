@@ -105,7 +105,12 @@ def test_the_good_lora_of_this_table_is_read(tmp_path):
         ("{not json", "lora_adapter_metadata is not JSON"),
         ("[1]", "is no JSON object"),
         ('{"unet.lora_alpha": "much"}', "settings of alpha cannot be read"),
-        ('{"unet.lora_alpha": NaN}', "settings of alpha cannot be read"),
+        ('{"unet.lora_alpha": NaN}', "NaN is no number"),
+        ('{"unet.lora_alpha": 1' + "0" * 300 + "}", "settings of alpha cannot be read"),
+        ('{"unet.alpha_pattern": {"(n+)+x": 2}}', "settings of alpha cannot be read"),  # takes for ever to match
+        ('{"unet.alpha_pattern": {"' + "(n|n)" * 40 + '": 2}}', "settings of alpha cannot be read"),
+        ('{"unet.alpha_pattern": {".*.*.*.*x": 2}}', "settings of alpha cannot be read"),
+        ('{"unet": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": 3}', "settings of alpha cannot be read"),
         ('{"unet.alpha_pattern": {"(": 2}}', "settings of alpha cannot be read"),
         ('{"unet.alpha_pattern": [2]}', "settings of alpha cannot be read"),
         ('{"unet.lora_alpha": [2]}', "settings of alpha cannot be read"),

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the ground up; a module belongs to the longest prefix that fits it.
 ROOMS = [
     "ldm.errors",
+    "ldm.untrusted",
     "ldm.diffusion",
     "ldm.models",
     "ldm.autoencoders",

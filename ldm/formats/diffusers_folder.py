@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.errors import ConfigError
 from ldm.formats import diffusers_config as vocabulary
 from ldm.formats import fold, text_keys, vae_keys
-from ldm.formats.content import PARTS, Checkpoint, Node, State, read_json
+from ldm.formats.content import PARTS, Checkpoint, Node, State
 from ldm.formats.kinds import part_of
 from ldm.formats.known import SCALING
 from ldm.formats.match import expected, filled, settings
@@ -21,6 +21,7 @@ from ldm.formats.open import load
 from ldm.formats.store import save_tensors
 from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
+from ldm.untrusted import read_json
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.errors import ConfigError
-from ldm.formats.content import read_json
 from ldm.formats.open import load
+from ldm.untrusted import read_json
 
 Kind = Literal[
     "ldm",  # a run or a checkpoint folder of ours

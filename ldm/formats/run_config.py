@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.errors import ConfigError
 from ldm.formats import known, schedulers
 from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.match import architecture, carries
+from ldm.untrusted import read_yaml
 
 
 def file_of(place: Path) -> Path | None:
@@ -25,11 +24,8 @@ def describe(file: Path) -> Described:
 
     ConfigError where it is no run's configuration, or of a model that single files do not hold.
     """
-    try:
-        found: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config={file} is not YAML ({str(error).splitlines()[0]}): give a run's own.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("autoencoder"), dict):
+    found = read_yaml(file)
+    if not isinstance(found.get("autoencoder"), dict):
         raise ConfigError(f"config={file} has no autoencoder: give the config.yaml of a run, or a diffusers folder.")
     parts = PARTS if found.get("module", "latent_diffusion") == "latent_diffusion" else {"vae": "autoencoder"}
     nodes: dict[str, Any] = {}

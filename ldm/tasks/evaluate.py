@@ -61,7 +61,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     asked |= {k: config[k] for k in ("sampler", "grid", "guider", "metric", "weights")}
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
     before = read_json(output / "evaluation.json")
-    if before.get("key") == key:
+    if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return before["metrics"], output
     metrics = _metrics(config["metric"])
     images = _image_shards(config["shards"] or trained.get("data", {}).get("shards"))

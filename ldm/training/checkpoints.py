@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats.store import save_tensors
+from ldm.untrusted import read_json, read_yaml, whole
 
 FORMAT = 1
 State = dict[str, Tensor]
@@ -91,7 +91,7 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration that a checkpoint folder's modules are rebuilt from."""
-    return yaml.safe_load((folder / "config.yaml").read_text())
+    return read_yaml(folder / "config.yaml")
 
 
 def run_of(folder: Path) -> Path:
@@ -100,13 +100,24 @@ def run_of(folder: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, ConfigError when it is not one."""
+    """The manifest of a checkpoint folder, ConfigError when it is not one: files, each with its size and digest."""
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} is not a checkpoint folder of ours: manifest.json cannot be read.") from error
+        manifest = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is not a checkpoint folder of ours: {error}") from error
+    whole(manifest.get("step"), "step", f"{path}", least=0, most=2**62)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
+        raise ConfigError(f"{path} does not list files inside {folder}, each with bytes and sha256: it was edited.")
     return manifest
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether an entry of a manifest is one: a path that stays in its folder, as `write` spells it."""
+    inside = all(step not in ("", ".", "..") for step in name.split("/")) and "\\" not in name
+    size, digest = (entry.get(key) for key in ("bytes", "sha256")) if isinstance(entry, dict) else (None, None)
+    return inside and type(size) is int and size >= 0 and isinstance(digest, str)
 
 
 def verify(folder: Path) -> str | None:

@@ -10,12 +10,12 @@ from ldm.autoencoders.kl import Autoencoder
 from ldm.errors import ConfigError
 from ldm.formats import fold, hub, text_keys, vae_keys
 from ldm.formats.checkpoint import read
-from ldm.formats.content import read_json
 from ldm.formats.diffusers_folder import load_part, weights_file
 from ldm.formats.known import SCALING
 from ldm.formats.open import float32
 from ldm.text.clip import CLIPText
 from ldm.training.assemble import Parts, fill
+from ldm.untrusted import read_json
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt")

@@ -90,9 +90,10 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     identity |= {k: v.identity for k, v in (("templates", templates), ("prior", prior)) if v is not None}
     directory = RunDirectory(path_of(digest(identity)), config, identity)
     done = directory.status()
-    if done.get("state") == "finished" and done["step"] >= config["max_steps"]:
+    step = done.get("step")
+    if done.get("state") == "finished" and isinstance(step, int) and step >= config["max_steps"]:
         directory.check_identity()
-        return Finished(directory.path, done["step"], False, done.get("metrics", {}))
+        return Finished(directory.path, step, False, done.get("metrics", {}))
     _remark_on_few(data, templates)
     if of_diffusion and "textual_inversion" in (config["adapter"] or {}):
         refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))

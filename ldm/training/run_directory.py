@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 
+from ldm import untrusted
 from ldm.config import digest
 from ldm.errors import ConfigError
 
@@ -26,8 +27,8 @@ from ldm.errors import ConfigError
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} when it is not there or torn."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return untrusted.read_json(path)
+    except ConfigError:
         return {}
 
 

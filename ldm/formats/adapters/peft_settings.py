@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from ldm.adapters.content import LowRank
 from ldm.errors import ConfigError
-from ldm.formats.content import read_json
+from ldm.untrusted import parse_json, read_json, shown
 
 KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers keeps it
+_PATTERNS = 4096  # a model has a few hundred layers
+_QUICK = re.compile(r"[\w.\-|()^$\\]*(\.\*[\w.\-|()^$\\]*)?")  # what matches in time linear or quadratic in the path
+LARGEST_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,9 @@ class PeftSettings:
         """The settings in a file's header, else those in the folder beside it; none in most files."""
         beside = file.with_name("adapter_config.json")
         if KEY in metadata:
-            try:
-                found = json.loads(metadata[KEY])
-            except ValueError as error:
-                raise ConfigError(f"{file}: its {KEY} is not JSON ({error}). Fetch it again.") from error
+            found = parse_json(metadata[KEY], f"{file}: its {KEY}")
         else:
             found = read_json(beside) if file.stem == "adapter_model" and beside.is_file() else {}
-        if not isinstance(found, dict):
-            raise ConfigError(f"{file}: its {KEY} is no JSON object. Fetch it again.")
         parts: dict[str, dict[str, Any]] = {}
         for key, value in found.items():
             part, _, name = key.rpartition(".")
@@ -51,20 +48,30 @@ class PeftSettings:
         pattern = said.get("alpha_pattern") or {}
         alpha = rank if said.get("lora_alpha") is None else said["lora_alpha"]
         try:
+            if len(pattern) > _PATTERNS:
+                raise ValueError(f"more than {_PATTERNS} patterns")
             alpha = next((v for k, v in pattern.items() if _fits(k, path)), alpha)
-            if not isfinite(alpha):
-                raise ValueError("not finite")
+            if not abs(alpha) < LARGEST_ALPHA:
+                raise ValueError("not below 10^9")
         except (re.error, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"{self.file}: its settings of alpha cannot be read ({error}). Fetch it again."
+                f"{self.file}: its settings of alpha cannot be read ({shown(error)}). Fetch it again."
             ) from error
         # Kalajdzievski 2023: alpha/sqrt(rank) instead of alpha/rank
         return alpha * sqrt(rank) if said.get("use_rslora") else float(alpha)
 
 
 def _fits(pattern: str, path: str) -> bool:
-    """peft's rule: a pattern fits the whole of a path, or its end from a dot on. Its text paths may lack a level."""
-    return any(re.match(rf"(.*\.)?({pattern})$", p) for p in (path, path.removeprefix("text_model.")))
+    """peft's rule: a pattern fits the whole of a path, or its end from a dot on. Its text paths may lack a level.
+
+    ValueError for patterns with more than one `.*`, which may take for ever to match.
+    """
+    paths = (path, path.removeprefix("text_model."))
+    if re.fullmatch(r"[\w.]+", pattern):
+        return any(f".{p}".endswith(f".{pattern}") for p in paths)
+    if not _QUICK.fullmatch(pattern) or pattern.count("|") > 8:
+        raise ValueError(f"the pattern {shown(pattern)}")
+    return any(re.match(rf"(.*\.)?({pattern})$", p) for p in paths)
 
 
 def described(layers: Mapping[str, LowRank]) -> dict[str, Any]:
