@@ -108,9 +108,9 @@ class Root:
     prompts: str | None = key(None, "sample", "text file with one prompt a line, instead of prompt=")
     height: int | None = key(None, "sample", "pixels; default: the model's own")
     width: int | None = key(None, "sample", "pixels; default: the model's own")
-    num_steps: int = key(30, "sample evaluate train objective", "sampling steps")
-    guidance: float = key(7.5, "sample evaluate train", "scale of classifier-free guidance; 1 is off")
-    guidance_rescale: float = key(0.0, "sample evaluate train", "0 off, 0.7 for zero-terminal-SNR models")
+    num_steps: int | None = key(None, "sample evaluate train objective", "steps; default: the run's own, 30")
+    guidance: float | None = key(None, "sample evaluate train", "1 is off; default: the run's own, 7.5")
+    guidance_rescale: float | None = key(None, "sample evaluate train", "0.7 for zero-terminal-SNR models; as above, 0")
     eta: float | None = key(None, "sample evaluate", "share of fresh noise, for samplers that have it")
     num_images: int = key(1, "sample", "images per prompt")
     init_image: str | None = key(None, "sample", "picture to start from, or to repaint where mask= is white")
@@ -125,7 +125,7 @@ class Root:
     )
     film_strip: bool = key(False, "sample", "also draw every step's latent above its jump to x0")
     animation: bool = key(False, "sample", "also write the jumps to x0 as a GIF")
-    eval_images: int = key(256, "train evaluate", "generated pictures per half of the score")
+    eval_images: int | None = key(None, "train evaluate", "pictures drawn per half of the score; as above, 256")
     optimized_metric: str | None = key(None, "train evaluate", "what a sweeper minimises or maximises")
     # --- conversion and merging
     format: str | None = key(None, "convert merge", "ldm, diffusers (a folder) or compvis (.safetensors, .ckpt)")
@@ -229,9 +229,9 @@ def check(config: DictConfig, task: str | None = None) -> None:
         problems.append(f"weights={config.weights}: choose ema or raw.")
     if config.frozen_dtype not in FROZEN_DTYPES:
         problems.append(f"frozen_dtype={config.frozen_dtype}: choose one of {', '.join(FROZEN_DTYPES)}.")
-    counts = ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images")
+    counts = ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images", "num_steps")
     for name in (*counts, "num_class_images"):
-        if config[name] < 1:
+        if config[name] is not None and config[name] < 1:
             problems.append(f"{name}={config[name]}: must be at least 1.")
     if not 0 <= config.caption_dropout <= 1:
         problems.append(f"caption_dropout={config.caption_dropout}: must lie in [0, 1].")

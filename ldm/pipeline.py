@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.adapters.adapter import Adapter
+from ldm.build import build
 from ldm.data.transforms import to_rgb
 from ldm.diffusion.grids import Spacing
-from ldm.diffusion.guidance import Autoguidance, ClassifierFree, Guider
+from ldm.diffusion.guidance import Autoguidance, Guider
 from ldm.diffusion.samplers.solver import Solver, Step
 from ldm.errors import ConfigError
 from ldm.pictures import from_pil, to_pil
@@ -25,7 +26,7 @@ from ldm.text.prompts import Prompts
 from ldm.training.adapters import load_adapters
 from ldm.training.assemble import Parts
 from ldm.training.loading import Loaded, load_any, save_any
-from ldm.training.solvers import solver_of
+from ldm.training.solvers import sampling_settings, solver_of
 
 Picture = Image.Image | str | Path | Tensor
 Texts = str | Sequence[str]
@@ -47,7 +48,7 @@ class Pipeline:
     ):
         self.sampler, self.config, self.folder, self.scheduler_config = sampler, config, folder, scheduler_config
         self.adapters: dict[str, Adapter] = {}  # attached, by what they were loaded from
-        self._named: dict[str, Solver | None] = {}  # building one from its YAML takes as long as many steps' arithmetic
+        self._built: dict[str, Any] = {}  # building one from its YAML takes as long as many steps' arithmetic
 
     @classmethod
     def load(cls, path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Pipeline:
@@ -121,10 +122,10 @@ class Pipeline:
         negative_prompt: Texts = "",
         height: int | None = None,  # pixels; None: init_image's, or as trained
         width: int | None = None,
-        num_steps: int = 30,
-        guidance: float = 7.5,
-        guidance_rescale: float = 0.0,
-        sampler: str | Path | Solver | None = None,  # name or YAML of conf/sampler; None: the checkpoint's own
+        num_steps: int | None = None,  # None: the run's own, else 30
+        guidance: float | None = None,  # None: the run's own, else 7.5
+        guidance_rescale: float | None = None,  # None: the run's own, else 0
+        sampler: str | Path | Solver | Mapping[str, Any] | None = None,  # name, YAML or node of conf/sampler
         eta: float | None = None,
         seed: int | Sequence[int] = 0,  # one for all (they draw in turn), or one an image
         num_images: int = 1,  # per prompt
@@ -135,17 +136,23 @@ class Pipeline:
         chunked: bool = False,  # prompts longer than the text encoder's are read in pieces instead of cut
         prompt_weights: bool = False,  # (word:1.3), (word) and [word] weigh words
         tiling: bool = False,  # the autoencoder works in tiles
-        guider: Guider | None = None,  # other guidance than classifier-free
-        spacing: Spacing | None = None,  # another grid than the sampler's, from ldm.diffusion.grids
+        guider: Guider | Mapping[str, Any] | None = None,  # or its node; usual: classifier-free
+        spacing: Spacing | Mapping[str, Any] | None = None,  # from ldm.diffusion.grids; usual: the sampler's
     ) -> Request:
-        """What `steps`, `sample` and the call itself draw. ConfigError for what cannot be drawn."""
+        """What `steps`, `sample` and the call itself draw. ConfigError for what cannot be drawn.
+
+        What a run of ours was trained with (its config.yaml) is the default of num_steps, guidance, guidance_rescale,
+        sampler with its eta and spacing, and guider; what is given here wins.
+        """
+        asked = {"num_steps": num_steps, "guidance": guidance, "guidance_rescale": guidance_rescale, "eta": eta}
+        chosen = self.settings({**asked, "sampler": sampler, "grid": spacing, "guider": guider})
         prompts, negative = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt)
         if isinstance(negative_prompt, str):
             negative = negative * len(prompts)
         for name, number in (
             ("height", height),
             ("width", width),
-            ("num_steps", num_steps),
+            ("num_steps", chosen["num_steps"]),
             ("num_images", num_images),
         ):
             if number is not None and not isinstance(number, Integral):
@@ -156,9 +163,9 @@ class Pipeline:
         if image is not None:
             height, width = image.shape[-2:]
             image = image.repeat_interleave(num_images, dim=0) if len(image) > 1 else image
-        solver = self.solver(sampler)
-        if eta is not None:
-            solver = (solver or self.solver("ddim")).with_eta(eta)  # type: ignore[union-attr]
+        solver = self.solver(chosen["sampler"])
+        if chosen["eta"] is not None:
+            solver = (solver or self.solver("ddim")).with_eta(chosen["eta"])  # type: ignore[union-attr]
         text = Prompts(clip_skip, chunked, prompt_weights)
         prompts = [p for p in prompts for _ in range(num_images)]
         return Request(
@@ -166,12 +173,12 @@ class Pipeline:
             negative_prompts=[p for p in negative for _ in range(num_images)],
             height=self.image_size if height is None else height,
             width=self.image_size if width is None else width,
-            num_steps=num_steps,
-            guidance=guidance,
+            num_steps=chosen["num_steps"],
+            guidance=chosen["guidance"],
             seeds=_seeds(seed),
             solver=solver,
-            spacing=spacing,
-            guider=self._complete(guider or ClassifierFree(rescale=guidance_rescale), text, prompts),
+            spacing=self._of(chosen["grid"], "grid"),
+            guider=self._complete(self._of(chosen["guider"], "guider"), text, prompts),
             text=text,
             init_image=image,
             mask=painted,
@@ -179,17 +186,29 @@ class Pipeline:
             tiling=tiling,
         )
 
-    def solver(self, sampler: str | Path | Solver | dict[str, Any] | None) -> Solver | None:
+    def settings(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What is drawn with: `asked`, keys and groups as on the command line, with the run's own for what is not."""
+        return sampling_settings(asked, self.config)
+
+    def solver(self, sampler: str | Path | Solver | Mapping[str, Any] | None) -> Solver | None:
         """The named sampler as it is on this checkpoint; None: the model's own, where no file says another."""
         if isinstance(sampler, Solver):
             return sampler
-        if sampler is not None and not isinstance(sampler, str | Path | dict):
+        if sampler is not None and not isinstance(sampler, str | Path | Mapping):
             raise ConfigError(f"sampler must be a name or a YAML of conf/sampler, not {type(sampler).__name__}.")
-        if isinstance(sampler, dict | Path) or (sampler and Path(sampler).suffix):  # a file may change between calls
-            return solver_of(sampler, self.scheduler_config)
-        if (name := sampler or "") not in self._named:
-            self._named[name] = solver_of(sampler, self.scheduler_config)
-        return self._named[name]
+        if isinstance(sampler, Path) or (isinstance(sampler, str) and Path(sampler).suffix):
+            return solver_of(sampler, self.scheduler_config)  # a file may change between calls
+        if (name := f"sampler {sampler or ''}") not in self._built:
+            self._built[name] = solver_of(sampler, self.scheduler_config)
+        return self._built[name]
+
+    def _of(self, given: Any, group: str) -> Any:
+        """The object of a node of `settings`, built once; objects as they are, None for an empty node."""
+        if not isinstance(given, Mapping):
+            return given
+        if (name := f"{group} {given}") not in self._built:
+            self._built[name] = build(given, group)
+        return self._built[name]
 
     def save(self, path: str | Path, format: str = "ldm", dtype: str = "float32") -> None:
         """Writes the model as "ldm" (a checkpoint folder), "diffusers" (a folder) or "compvis" (.safetensors, .ckpt).

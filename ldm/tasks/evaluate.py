@@ -31,6 +31,7 @@ from ldm.training.autoencoder import to_unit
 from ldm.training.checkpoints import run_of
 from ldm.training.loading import as_ours
 from ldm.training.run_directory import read_json, write_json
+from ldm.training.solvers import sampling_settings
 
 BATCH = 64
 TEXT = ("txt", "json")  # fields that hold captions
@@ -39,7 +40,7 @@ UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or
 
 def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Writes evaluation.json and picture grids into output=DIR, by default beside the checkpoint's run."""
-    check(config)
+    check(config, "evaluate")
     values = plain(config)
     if not values["checkpoint"]:
         raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
@@ -57,32 +58,38 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     """Scores of a checkpoint; an evaluation that is already there for the same checkpoint and request is read."""
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
     output = Path(config["output"]) if config["output"] else run_of(folder) / f"evaluation-{config['weights']}"
-    asked = {k: config[k] for k in ("eval_images", "num_steps", "guidance", "guidance_rescale", "eta", "seed")}
-    asked |= {k: config[k] for k in ("sampler", "grid", "guider", "metric", "weights")}
+    asked = {**{k: config[k] for k in ("seed", "metric", "weights")}, **sampling_settings(config, trained)}
+    shards = config["shards"] or trained.get("data", {}).get("shards")
+    if shards and not _same(shards, trained.get("data", {}).get("shards")):
+        asked["shards"] = str(Path(shards).resolve())
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
     before = read_json(output / "evaluation.json")
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return before["metrics"], output
     metrics = _metrics(config["metric"])
-    images = _image_shards(config["shards"] or trained.get("data", {}).get("shards"))
+    images = _image_shards(shards)
     size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
     result = _reconstruction(metrics, parts.for_sampling().autoencoder, images, size)
     if parts.denoiser is not None and parts.text_encoder is not None:
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
-        for half, captions in _captions(images, config["eval_images"], config["seed"]).items():
-            drawn = _draw(pipe, captions, config, size)
+        for half, captions in _captions(images, asked["eval_images"], config["seed"]).items():
+            drawn = _draw(pipe, captions, asked, size)
             grid(drawn[:32], captions[:32]).save(output / f"{half}.png")
             result |= {f"{half}/{k}": v for k, v in _shape_score(metrics, images, drawn, captions).items()}
             result |= {f"{half}/nearest/{k}": v for k, v in _nearest(metrics, images, drawn, size).items()}
         for split in ("val", "unseen"):
             if split in images:
-                held_out = torch.cat(list(_pictures(images[split], size, config["eval_images"])))
+                held_out = torch.cat(list(_pictures(images[split], size, asked["eval_images"])))
                 distances = _nearest(metrics, images, held_out, size)
                 result |= {f"held_out_{split}/nearest/{k}": v for k, v in distances.items()}
     write_json(output / "evaluation.json", {"key": key, "checkpoint": str(folder), "asked": asked, "metrics": result})
     return result, output
+
+
+def _same(path: str, other: str | None) -> bool:
+    return bool(other) and Path(path).resolve() == Path(str(other)).resolve()
 
 
 def _metrics(node: dict[str, Any] | None) -> list[Metric]:
@@ -131,21 +138,18 @@ def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[st
 
 
 @torch.no_grad()
-def _draw(pipe: Pipeline, captions: list[str], config: dict[str, Any], size: int) -> Tensor:
+def _draw(pipe: Pipeline, captions: list[str], asked: dict[str, Any], size: int) -> Tensor:
     drawn = []
+    settings = {k: asked[k] for k in ("num_steps", "guidance", "guidance_rescale", "sampler", "eta", "guider")}
     for first in range(0, len(captions), BATCH):
         prompts = captions[first : first + BATCH]
         request = pipe.request(
             prompts,
             height=size,
             width=size,
-            num_steps=config["num_steps"],
-            guidance=config["guidance"],
-            sampler=pipe.solver(config["sampler"]),
-            eta=config["eta"],
-            seed=[UNSEEN_NOISE + config["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
-            spacing=build(config["grid"], "grid"),
-            guider=build({**config["guider"], "rescale": config["guidance_rescale"]}, "guider"),
+            seed=[UNSEEN_NOISE + asked["seed"] * 1_000_003 + first + i for i in range(len(prompts))],
+            spacing=asked["grid"],
+            **settings,
         )
         drawn.append(pipe.sampler.sample(request))
     return torch.cat(drawn)

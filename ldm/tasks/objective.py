@@ -20,6 +20,7 @@ from ldm.config import check, digest, plain
 from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.schedulers import Scheduler
+from ldm.training.solvers import USUAL
 
 READ = ("scheduler", "parameterization", "weighting", "times", "sampler", "grid", "num_steps")
 SHOWN_TIMES = (0.001, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -34,7 +35,7 @@ def objective(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     weighting, times = build(values["weighting"], "weighting"), build(values["times"], "times")
     parameterization.check(scheduler)
     solver = build(values["sampler"], "sampler") or own_solver(scheduler)
-    levels = solver.levels(scheduler, values["num_steps"], build(values["grid"], "grid"))
+    levels = solver.levels(scheduler, values["num_steps"] or int(USUAL["num_steps"]), build(values["grid"], "grid"))
     bins = by_log_snr(scheduler, parameterization, weighting, times)
     found = findings(scheduler, bins, levels)
 

@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.errors import ConfigError
 from ldm.formats.adapters import located
@@ -39,6 +38,8 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         raise ConfigError("task=sample needs checkpoint=RUN, for example checkpoint=outputs/mine.")
     prompts = _prompts(config)
     pipe = Pipeline.load(config.checkpoint, config.config, config.weights)
+    for name, value in pipe.settings(plain(config)).items():  # what was not given is the run's own
+        config[name] = value
     for path, weight in _adapters(config):
         pipe.load_adapter(path, weight)
     if torch.cuda.is_available():
@@ -112,15 +113,8 @@ def _prompts(config: DictConfig) -> list[str]:
 
 def _request(pipe: Pipeline, config: DictConfig, prompts: list[str]) -> Request:
     seed: Any = OmegaConf.to_container(config.seed) if OmegaConf.is_list(config.seed) else config.seed
-    return pipe.request(
-        prompts,
-        config.negative_prompt,
-        sampler=pipe.solver(plain(config.sampler)),
-        seed=seed,
-        spacing=build(config.grid, "grid"),
-        guider=build(OmegaConf.merge(config.guider, {"rescale": config.guidance_rescale}), "guider"),
-        **{key: config[key] for key in ASKED},
-    )
+    nodes = {"sampler": plain(config.sampler), "spacing": plain(config.grid), "guider": plain(config.guider)}
+    return pipe.request(prompts, config.negative_prompt, seed=seed, **nodes, **{key: config[key] for key in ASKED})
 
 
 def _default_output(config: DictConfig, pipe: Pipeline, request: Request) -> Path:

@@ -15,6 +15,7 @@ from ldm.build import build
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
+from ldm.formats.run_config import file_of
 from ldm.formats.whole import written_whole
 from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
@@ -29,12 +30,14 @@ from ldm.training.checkpoints import folder_name, read_config, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
+from ldm.training.solvers import sampling_settings
 
 STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 
 
 def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
+    settle_sampling(config)
     check(config)
     templates = caption_templates(plain(config))  # refused before anything is read
     if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
@@ -45,6 +48,16 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         return Stages(config, arm).run()
     check_builds(plain(config))
     return _trained(config, plain(config), arm).metrics
+
+
+def settle_sampling(config: DictConfig) -> None:
+    """Fills in how pictures are drawn where that is left open: an adopted run's own settings, else the usual ones."""
+    file = file_of(Path(config.checkpoint).expanduser()) if config.adopt and config.checkpoint else None
+    for name, value in sampling_settings(plain(config), read_config(file.parent) if file else {}).items():
+        config[name] = value
+    second = config.guider.get("checkpoint")
+    if second and Path(second).exists():  # a run is sampled from any working directory
+        config.guider.checkpoint = str(Path(second).resolve())
 
 
 def start_from_any_layout(config: DictConfig) -> None:
@@ -222,6 +235,8 @@ class Stages:
         return finished.metrics
 
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:
+        # Runs of all seeds are scored on the same draws, which task=evaluate of any of them makes too.
+        values["seed"] = (self.config.stages.evaluate or {}).get("seed", 0)
         with alone(values["outputs"], "evaluate"):
             metrics, output = evaluate_run(values)
         self.made["evaluate"] = {"path": str(output)}

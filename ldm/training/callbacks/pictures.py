@@ -16,6 +16,7 @@ from ldm.training.autoencoder import AutoencoderTraining, to_unit
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.logging import log_picture
 from ldm.training.module import stepped
+from ldm.training.solvers import USUAL
 
 
 class _Pictures(L.Callback):
@@ -65,7 +66,7 @@ class JumpToX0(_Pictures):
         num_prompts: int = 2,
         num_steps: int = 20,
         decode_steps: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20),
-        guidance: float = 2.0,
+        guidance: float | None = None,  # None: the usual one
         seed: int = 0,
         sampler: Solver | None = None,
         grid: Spacing | None = None,
@@ -97,7 +98,7 @@ class Samples(_Pictures):
         prompts: Sequence[str] | None = None,
         num_prompts: int = 16,
         num_steps: int = 20,
-        guidance: float = 2.0,
+        guidance: float | None = None,  # None: the usual one
         seed: int = 0,
         sampler: Solver | None = None,
         grid: Spacing | None = None,
@@ -138,7 +139,7 @@ def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDif
         size,
         size,
         num_steps=callback.num_steps,
-        guidance=callback.guidance,
+        guidance=USUAL["guidance"] if callback.guidance is None else callback.guidance,
         seeds=[callback.seed + i for i in range(len(prompts))],
         solver=callback.sampler or module.solver,
         spacing=callback.grid,
