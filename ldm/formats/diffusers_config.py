@@ -40,7 +40,25 @@ _UNET_ALWAYS: dict[str, Any] = {
     "timestep_post_act": None,
 }
 _VAE_ALWAYS: dict[str, Any] = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-_TEXT_ALWAYS: dict[str, Any] = {"layer_norm_eps": 1e-5}
+_TEXT_ALWAYS: dict[str, Any] = {"is_causal": True}  # transformers' switch for any of its models
+_ALWAYS: dict[str, Any] = {"quantization_config": None}  # of any part: numbers that stand for others
+# What a config.json of transformers' CLIPTextModel leaves unsaid; some of the first files say a part of it twice.
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "pad_token_id": 1,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MIDDLES = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
 
 
@@ -133,39 +151,51 @@ def vae_config(node: Settings, scaling: float, sample_size: int) -> dict[str, An
 
 
 def text_node(config: Settings, where: str) -> Node:
-    """CLIPTextModel's settings as ours, or the text half of a whole CLIP's."""
+    """CLIPTextModel's settings as ours, or the text half of a whole CLIP's. What our encoder always has is left out."""
+    _check(config, {}, where)
+    twice = config.get("text_config_dict")
     config = config.get("text_config") or config
-    _check(config, _TEXT_ALWAYS, where)
-    width = config.get("hidden_size", 512)
-    if config.get("intermediate_size", 2048) != 4 * width:
-        raise _other(where, "intermediate_size", f"4 x hidden_size = {4 * width}")
+    said = _TEXT_DEFAULTS | dict(config) | ({} if twice is None else _TEXT_DEFAULTS | twice)  # as transformers reads it
+    _check(said, _TEXT_ALWAYS, where)
+    if isinstance(said["eos_token_id"], list):
+        raise _other(where, "eos_token_id", "one end mark", said["eos_token_id"])
+    width, inside = said["hidden_size"], said["intermediate_size"]
+    unusual = {
+        "feed_forward": None if inside == 4 * width else inside,
+        "norm_eps": None if said["layer_norm_eps"] == 1e-5 else said["layer_norm_eps"],
+        "attention_dropout": said["attention_dropout"] or None,
+        "projection_dim": None if said["projection_dim"] == width else said["projection_dim"],
+    }
     return {
         "_target_": TEXT,
-        "vocab_size": config.get("vocab_size", 49408),
-        "max_length": config.get("max_position_embeddings", 77),
+        "vocab_size": said["vocab_size"],
+        "max_length": said["max_position_embeddings"],
         "width": width,
-        "layers": config.get("num_hidden_layers", 12),
-        "heads": config.get("num_attention_heads", 8),
-        "activation": config.get("hidden_act", "quick_gelu"),
+        "layers": said["num_hidden_layers"],
+        "heads": said["num_attention_heads"],
+        "activation": said["hidden_act"],
         "pad": None,  # the tokenizer beside it knows
+        "marks": [said[name] for name in MARKS],
+        **{name: value for name, value in unusual.items() if value is not None},
     }
 
 
-def text_config(node: Settings, marks: Mapping[str, int]) -> dict[str, Any]:
-    """CLIPTextModel's config.json; node: every argument of ours, marks: bos_token_id and its like, the tokenizer's."""
+def text_config(node: Settings, marks: Mapping[str, int | None]) -> dict[str, Any]:
+    """CLIPTextModel's config.json; node: every argument of ours, marks: the tokenizer's, where the node has none."""
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": node["vocab_size"],
         "max_position_embeddings": node["max_length"],
         "hidden_size": node["width"],
-        "intermediate_size": 4 * node["width"],
-        "projection_dim": node["width"],
+        "intermediate_size": 4 * node["width"] if node["feed_forward"] is None else node["feed_forward"],
+        "projection_dim": node["width"] if node["projection_dim"] is None else node["projection_dim"],
         "num_hidden_layers": node["layers"],
         "num_attention_heads": node["heads"],
         "hidden_act": node["activation"],
-        **marks,
-        **_TEXT_ALWAYS,
+        "layer_norm_eps": node["norm_eps"],
+        "attention_dropout": node["attention_dropout"],
+        **(marks if node["marks"] is None else dict(zip(MARKS, node["marks"], strict=True))),
     }
 
 
@@ -197,7 +227,7 @@ def _one(value: int | Sequence[int] | None, key: str, where: str) -> int | None:
 
 
 def _check(config: Settings, always: Settings, where: str) -> None:
-    for key, value in always.items():
+    for key, value in {**_ALWAYS, **always}.items():
         if config.get(key, value) != value:
             raise _other(where, key, str(value), config[key])
 

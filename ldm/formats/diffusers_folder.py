@@ -29,7 +29,6 @@ _CLASSES = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 _NODES = {"unet": vocabulary.unet_node, "vae": vocabulary.vae_node, "text_encoder": vocabulary.text_node}
-_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _IMAGE_SIZE = 512  # where a folder names none
 
 
@@ -170,7 +169,7 @@ def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
         words.pad_token = text["pad"]
     words.model_max_length = text["max_length"]
     save_tokenizer(words, folder / "tokenizer")
-    marks = {name: getattr(words, name) for name in _MARKS}
+    marks = {name: getattr(words, name) for name in vocabulary.MARKS}
     _write_part(
         folder / "text_encoder", vocabulary.text_config(text, marks), checkpoint.states["text_encoder"], "model", dtype
     )

@@ -18,7 +18,7 @@ from ldm.errors import ConfigError
 from ldm.formats import fold, known, sizes, text_keys, unet_keys, vae_keys
 from ldm.formats.content import PARTS, Checkpoint, Node, State
 from ldm.formats.diffusers_folder import Described
-from ldm.formats.match import TARGETS, VQ, expected, filled, match, settings
+from ldm.formats.match import ASIDE, TARGETS, VQ, expected, filled, match, settings
 from ldm.formats.open import Opened
 
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
@@ -103,7 +103,8 @@ def _read_unet(
 
 def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Path, given: Described | None) -> None:
     found = sizes.text_encoder(state)
-    node = _complete(found, known.TEXTS.get((found["width"], openclip)), given, "text_encoder", source)
+    rest = None if "feed_forward" in found else known.TEXTS.get((found["width"], openclip))
+    node = _complete(found, rest, given, "text_encoder", source)
     if (settings(node, "text_encoder")["activation"] == "gelu") != openclip:
         raise ConfigError(
             f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the "
@@ -115,7 +116,7 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
 
 
 # A folder that differs in these is of another model.
-_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection", "codebook_size")
+_SAME = ("block_channels", "width", "cross_attention_dim", "linear_projection", "codebook_size", "feed_forward")
 
 
 def _complete(
@@ -246,11 +247,7 @@ def _says(node: Node, part: str) -> dict[str, Any]:
         found.pop("pad", None)
     if part == "vae" and not any(found.get("attention_levels") or ()):
         found.pop("attention_levels", None)
-    return {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in found.items()
-        if k not in ("tokenizer", "pretrained", "checkpoint")
-    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in ASIDE}
 
 
 def _schedule(config: Mapping[str, Any] | None) -> list[Any]:

@@ -80,11 +80,13 @@ def text_encoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     _require(ours, {words: 2, places: 2}, "text encoder")
     layers = {int(k.split(".")[3]) for k in ours if k.startswith("text_model.encoder.layers.")}
     vocab_size, width = ours[words].shape
+    inside = {tensor.shape[0] for k, tensor in ours.items() if k.endswith(".mlp.fc1.weight")} - {4 * width}
     return {
         "vocab_size": vocab_size,
         "max_length": ours[places].shape[0],
         "width": width,
         "layers": 1 + max(layers, default=-1),
+        **({"feed_forward": max(inside)} if inside else {}),
     }
 
 

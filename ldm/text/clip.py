@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ldm.diffusion.condition import Condition
@@ -37,24 +38,38 @@ class CLIPText(CLIPTokenized):
         pad: str | None = None,  # the token that fills captions up; null: the tokenizer's own
         tokenizer: str | None = None,  # folder, read at the first caption; null: the one beside `pretrained`
         pretrained: str | None = None,  # hub id or folder of the weights; null: fresh ones, or a checkpoint's
+        feed_forward: int | None = None,  # width inside a layer's two maps; null: 4 x width
+        norm_eps: float = 1e-5,  # of the layer norms
+        attention_dropout: float = 0.0,  # while it is trained
+        # Kept for those who read the saved configuration; what is computed here does not hang on them.
+        projection_dim: int | None = None,  # of the space that CLIP shares with pictures; null: width
+        marks: Sequence[int | None] | None = None,  # ids of begin, end and padding; null: the tokenizer's
     ):
         super().__init__(vocab_size, max_length, tokenizer)
+        if activation not in ACT2FN:
+            raise ConfigError(f"text_encoder.activation={activation}: there is {', '.join(sorted(ACT2FN))}.")
+        if heads < 1 or width % heads:
+            raise ConfigError(f"text_encoder.heads={heads} do not divide text_encoder.width={width}: give a divisor.")
         self.context_dim = width
         self.pad = pad
         self.pretrained = pretrained
+        self.marks = marks
+        # Until a tokenizer says better; they only choose the pooled state, which is not used here.
+        begin, end, padding = (vocab_size - 2, vocab_size - 1, vocab_size - 1) if marks is None else marks
         config = CLIPTextConfig(
             vocab_size=vocab_size,
             max_position_embeddings=max_length,
             hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
+            intermediate_size=4 * width if feed_forward is None else feed_forward,
+            projection_dim=width if projection_dim is None else projection_dim,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             hidden_act=activation,
-            # Until a tokenizer says better; they only choose the pooled state, which is not used here.
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
+            layer_norm_eps=norm_eps,
+            attention_dropout=attention_dropout,
+            bos_token_id=begin,
+            eos_token_id=end,
+            pad_token_id=padding,
         )
         self.text_model = CLIPTextModel(config)
         self.register_load_state_dict_pre_hook(_accept_both_spellings)
@@ -63,6 +78,8 @@ class CLIPText(CLIPTokenized):
         if self.pad is not None:
             tokenizer.pad_token = self.pad
         super().set_tokenizer(tokenizer)
+        if self.marks is not None:
+            return
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # so that the saved configuration is true
             setattr(self.text_model.config, name, getattr(tokenizer, name))
         self.text_model.eos_token_id = tokenizer.eos_token_id

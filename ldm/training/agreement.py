@@ -9,14 +9,11 @@ from typing import Any
 
 from ldm.config import locate
 from ldm.errors import ConfigError
-from ldm.formats.match import match
+from ldm.formats.match import ASIDE, match
 from ldm.text.tokenizer import load_tokenizer
 from ldm.training.assemble import DIFFUSION_NODES
 from ldm.training.checkpoints import State
 from ldm.training.loading import Stored
-
-# Arguments that say where a part comes from or how it is run, not what it is.
-_ASIDE = ("pretrained", "tokenizer", "checkpoint")
 
 
 def check_agree(first: Stored, other: Stored, shapes: Mapping[str, State], widens: bool = False) -> None:
@@ -92,4 +89,4 @@ def _said(node: Mapping[str, Any], kind: type) -> dict[str, Any]:
         found.pop("pad", None)
     if not any(found.get("attention_levels") or ()):  # of autoencoders: null is none
         found["attention_levels"] = None
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in _ASIDE}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in ASIDE}

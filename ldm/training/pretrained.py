@@ -10,6 +10,7 @@ from ldm.autoencoders.kl import Autoencoder
 from ldm.errors import ConfigError
 from ldm.formats import fold, hub, text_keys, vae_keys
 from ldm.formats.checkpoint import read
+from ldm.formats.diffusers_config import text_node
 from ldm.formats.diffusers_folder import load_part, weights_file
 from ldm.formats.known import SCALING
 from ldm.formats.open import float32
@@ -18,7 +19,7 @@ from ldm.training.assemble import Parts, fill
 from ldm.untrusted import read_json
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt")
+TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt", "config.json")
 
 
 def load_pretrained(parts: Parts, filled: set[str]) -> None:
@@ -62,12 +63,31 @@ def load_autoencoder(autoencoder: Autoencoder, name: str) -> None:
 def load_text_encoder(encoder: CLIPText, name: str) -> None:
     """Weights of transformers' CLIP text model or of its half of a whole CLIP; layers beyond ours are left out."""
     folder = _text_encoder_folder(name)
+    _check_same_function(encoder, folder / "config.json", name)
     layers = len(encoder.text_model.encoder.layers)
     state = text_keys.from_transformers(load_part(folder, "text_encoder"), layers)
     fill(encoder, {k: float32(v) for k, v in state.items()}, "model", folder)
     if not encoder.has_tokenizer:
         beside = [folder, folder.parent / "tokenizer"]  # the latter in a whole pipeline's folder
         encoder.load_tokenizer(next((f for f in beside if (f / TEXT_FILES[1]).is_file()), folder))
+
+
+# What the tensors' shapes do not say: our argument -> transformers' setting.
+_UNSEEN = {"heads": "num_attention_heads", "activation": "hidden_act", "norm_eps": "layer_norm_eps"}
+
+
+def _check_same_function(encoder: CLIPText, file: Path, name: str) -> None:
+    """ConfigError where the weights are of an encoder that computes something else with the same shapes."""
+    if not file.is_file():
+        return
+    said = {"norm_eps": 1e-5} | text_node(read_json(file), str(file))
+    for ours, theirs in _UNSEEN.items():
+        mine = getattr(encoder.text_model.config, theirs)
+        if mine != said[ours]:
+            raise ConfigError(
+                f"text_encoder.{ours}={mine}, but text_encoder.pretrained={name} says {theirs}={said[ours]}: set "
+                f"{'+' if ours == 'norm_eps' else ''}text_encoder.{ours}={said[ours]}."
+            )
 
 
 def _autoencoder_folder(name: str) -> Path:
