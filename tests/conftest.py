@@ -52,6 +52,20 @@ def sd2_folder(tmp_path_factory) -> Path:
     return _published(tmp_path_factory, "sd2")
 
 
+@pytest.fixture
+def small_is_published(monkeypatch):
+    """As if tests/published.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
+    from ldm.formats import known  # what it imports takes seconds
+
+    widths = (32, 64, 64, 64)
+    monkeypatch.setitem(known.UNETS, (widths, 32), {"head_dim": 8, "num_heads": None, "norm_groups": 8})
+    monkeypatch.setitem(known.AUTOENCODERS, ((16, 16, 32, 32), 4), {"norm_groups": 8})
+    monkeypatch.setattr(known, "AUTOENCODER", (16, 16, 32, 32))
+    rest = {"heads": 4, "activation": "gelu", "pad": "!"}
+    monkeypatch.setitem(known.TEXTS, (32, True), rest)
+    monkeypatch.setitem(known.TEXTS, (32, False), rest | {"activation": "quick_gelu", "pad": None})
+
+
 def _published(factory, name: str) -> Path:
     import published  # diffusers takes seconds to import
 

@@ -155,8 +155,8 @@ def test_what_a_converter_is_not_told_or_may_not_do(place, sources, tiny_run):
         (tiny_run, {"format": "compvis", "output": f"{new}.ckpt"}, r"a \.ckpt cannot say sizes or a schedule"),
         (tiny_run, {"format": "compvis"}, r"is a \.safetensors or a \.ckpt"),
         (source, {"weights": "best"}, "weights=best: choose ema or raw"),
-        (source / "unet", {}, "unet holds unet alone: give the folder of the whole pipeline"),
-        (source / "text_encoder", {}, "text_encoder holds text_encoder alone: give the folder"),
+        (source / "unet", {}, "unet has no autoencoder and no text encoder: it holds U-Net only. Give config="),
+        (source / "text_encoder", {}, "text_encoder has no U-Net and no autoencoder: it holds text encoder only"),
     ]:
         settings = {"checkpoint": checkpoint and str(checkpoint), "output": str(new), "format": "diffusers", **options}
         with pytest.raises(ConfigError, match=words):

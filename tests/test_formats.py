@@ -29,18 +29,6 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-@pytest.fixture
-def small_is_published(monkeypatch):
-    """As if tests/published.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
-    widths = (32, 64, 64, 64)
-    monkeypatch.setitem(known.UNETS, (widths, 32), {"head_dim": 8, "num_heads": None, "norm_groups": 8})
-    monkeypatch.setitem(known.AUTOENCODERS, ((16, 16, 32, 32), 4), {"norm_groups": 8})
-    monkeypatch.setattr(known, "AUTOENCODER", (16, 16, 32, 32))
-    rest = {"heads": 4, "activation": "gelu", "pad": "!"}
-    monkeypatch.setitem(known.TEXTS, (32, True), rest)
-    monkeypatch.setitem(known.TEXTS, (32, False), rest | {"activation": "quick_gelu", "pad": None})
-
-
 def test_our_modules_give_diffusers_outputs(folder):
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     ours = filled(read(folder))

@@ -15,10 +15,11 @@ from ldm.formats.diffusers_folder import Described
 from ldm.formats.kinds import Kind
 from ldm.formats.match import architecture, carries, expected, match, settings
 from ldm.formats.open import float32, load
+from ldm.formats.plain_names import plain
 from ldm.formats.store import save_tensors
 from ldm.formats.whole import written_whole
 
-__all__ = ["DTYPES", "FORMATS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
+__all__ = ["DTYPES", "FORMATS", "PARTS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
 
 FORMATS = ("diffusers", "compvis")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -39,6 +40,8 @@ def read(path: str | Path, config: str | Path | None = None, weights: str = "ema
 def read_stored(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
     """The same with its tensors as the files hold them: mapped, so that they take memory when they are touched.
 
+    A file, or a part's folder, may hold some parts only: then the others are missing in what is given back.
+
     path: a diffusers folder, a part's folder, a single file (.safetensors, .ckpt), an autoencoder's file, a hub id.
     config: what says what a single file of unpublished sizes does not: a diffusers folder, or a run (its folder, a
         checkpoint folder of it, or its config.yaml).
@@ -51,7 +54,7 @@ def read_stored(path: str | Path, config: str | Path | None = None, weights: str
         if kinds.of_path(place) == "ldm":
             raise ConfigError(f"{path} is a run of ldm's own, not another program's checkpoint: load it as format=ldm.")
         return diffusers_folder.read(place, weights)
-    opened = load(place)
+    opened = plain(load(place), place)
     found, refusal = kinds.of_names(opened.names)
     if refusal:
         raise ConfigError(f"{path} is {refusal}")

@@ -182,6 +182,9 @@ def text_node(config: Settings, where: str) -> Node:
 
 def text_config(node: Settings, marks: Mapping[str, int | None]) -> dict[str, Any]:
     """CLIPTextModel's config.json; node: every argument of ours, marks: the tokenizer's, where the node has none."""
+    if node["marks"] is not None:
+        own = dict(zip(MARKS, node["marks"], strict=True))
+        marks = own if node["pad"] is None else own | {"pad_token_id": marks["pad_token_id"]}
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -195,7 +198,7 @@ def text_config(node: Settings, marks: Mapping[str, int | None]) -> dict[str, An
         "hidden_act": node["activation"],
         "layer_norm_eps": node["norm_eps"],
         "attention_dropout": node["attention_dropout"],
-        **(marks if node["marks"] is None else dict(zip(MARKS, node["marks"], strict=True))),
+        **marks,
     }
 
 

@@ -18,6 +18,7 @@ from ldm.formats.kinds import part_of
 from ldm.formats.known import SCALING
 from ldm.formats.match import expected, filled, settings
 from ldm.formats.open import load
+from ldm.formats.plain_names import unwrapped
 from ldm.formats.store import save_tensors
 from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
@@ -110,7 +111,8 @@ def load_part(folder: Path, part: str, weights: str = "ema") -> State:
     file = weights_file(folder, part, weights)
     if file is None:
         raise ConfigError(f"{folder} holds no weights (.safetensors or .bin). Fetch the whole folder.")
-    return _shards(file) if file.suffix == ".json" else load(file).tensors
+    tensors = _shards(file) if file.suffix == ".json" else load(file).tensors
+    return {unwrapped(name): tensor for name, tensor in tensors.items()}
 
 
 def weights_file(folder: Path, part: str, weights: str = "ema") -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ldm.errors import ConfigError
 from ldm.formats.open import load
+from ldm.formats.plain_names import plain_names
 from ldm.untrusted import read_json
 
 Kind = Literal[
@@ -61,12 +62,22 @@ _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
         "Stable Diffusion XL: it has two text encoders, which ldm's models do not. Stable Diffusion 1 and 2 are read.",
     ),
     (
+        re.compile(r"model\.diffusion_model\.label_emb\.").match,
+        "other",
+        "Stable Diffusion XL, or another model that reads a vector beside its text. Stable Diffusion 1 and 2 are read.",
+    ),
+    (
         re.compile(r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|transformer_blocks)\.").match,
         "other",
         "a transformer (Stable Diffusion 3, Flux or their like), not a U-Net. Stable Diffusion 1 and 2 are read.",
     ),
-    (re.compile(r"model\.diffusion_model\.").match, "compvis", ""),
+    (re.compile(r"model\.diffusion_model\.|model_ema\.diffusion_model|cond_stage_model\.").match, "compvis", ""),
     (re.compile(r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)").match, "vae", ""),
+    (
+        re.compile(r"(unet\.(down_blocks|mid_block|up_blocks)|vae\.(encoder|decoder))\.").match,
+        "other",
+        "a pipeline in diffusers' names in one file, which does not say its settings: give the folder that it is from.",
+    ),
     (
         re.compile(r"(down_blocks|mid_block|up_blocks)\.").match,
         "other",
@@ -82,7 +93,7 @@ _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
 
 def of_names(names: Iterable[str]) -> tuple[Kind, str]:
     """The kind of a file with these entries, and the sentence that refuses it as a checkpoint ("" for those read)."""
-    found = list(names)
+    found = list(plain_names(names).values())
     for sign, kind, refusal in _SIGNS:
         if any(sign(name) for name in found):
             return kind, refusal

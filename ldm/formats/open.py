@@ -154,12 +154,15 @@ def _unpickled(path: Path) -> Mapping[Any, Any]:
     return content
 
 
+_NESTED = ("state_dict", "model_state_dict", "module", "model")  # under which trainers keep a model's tensors
+
+
 def _torch(path: Path) -> Opened:
     content = _unpickled(path)
     step = content.get("global_step")
     top = tuple(str(name) for name in content)
-    while isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    while inner := next((content[k] for k in _NESTED if isinstance(content.get(k), Mapping)), None):
+        content = inner
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return Opened(
         tensors, tuple(dict.fromkeys([*top, *map(str, content)])), {}, step if isinstance(step, int) else None

@@ -22,16 +22,18 @@ from ldm.formats.match import ASIDE, TARGETS, VQ, expected, filled, match, setti
 from ldm.formats.open import Opened
 
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
+# Of the text encoder, what compares texts with pictures.
 _HARMLESS = re.compile(
-    r"betas|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|logvar|lvlb_weights|scale_factor"
+    r"betas|alphas\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|logvar|lvlb_weights|scale_factor"
     r"|model_ema\..*|(first_stage_model\.)?(loss|model_ema)\..*|denoiser\.sigmas|embedding_manager\..*|.*\.position_ids"
+    r"|cond_stage_model\.(logit_scale|text_projection(\.weight)?)|(global_)?step|epoch"
 )
 
 
 def read(opened: Opened, source: Path, given: Described | None, weights: str) -> Checkpoint:
     """A single file's parts; `given`: what the file or config= says of what shapes do not say."""
     names = {k: v for k, v in opened.tensors.items() if not _HARMLESS.fullmatch(k)}
-    theirs = _under(names, unet_keys.PREFIX)
+    theirs = _unet_tensors(opened.tensors, source, weights)
     vae = _under(names, vae_keys.PREFIX)
     clip, openclip = _under(names, text_keys.CLIP), _under(names, text_keys.OPENCLIP)
     prefixes = (unet_keys.PREFIX, vae_keys.PREFIX, text_keys.CLIP, text_keys.OPENCLIP)
@@ -39,7 +41,7 @@ def read(opened: Opened, source: Path, given: Described | None, weights: str) ->
     match(strays, {}, str(source))
     checkpoint = Checkpoint({}, {})
     if theirs:
-        _read_unet(checkpoint, theirs, opened, source, given, weights)
+        _read_unet(checkpoint, theirs, source, given)
     if clip or openclip:
         text = text_keys.from_openclip(openclip) if openclip else text_keys.from_transformers(clip)
         _read_text(checkpoint, text, bool(openclip), source, given)
@@ -82,20 +84,27 @@ def add_vae(
     checkpoint.config["autoencoder"] = node
 
 
-def _read_unet(
-    checkpoint: Checkpoint, theirs: State, opened: Opened, source: Path, given: Described | None, weights: str
-) -> None:
+def _unet_tensors(tensors: Mapping[str, Tensor], source: Path, weights: str) -> State:
+    """The U-Net's tensors without prefix: of weights="ema" the averages, where there are some. {}: there is none."""
+    own, averages = _under(tensors, unet_keys.PREFIX), unet_keys.from_averages(tensors)
+    if averages and weights == "ema":
+        if own:
+            match(averages, own, f"{source} (averaged U-Net)")
+        return averages
+    if averages and not own:
+        raise ConfigError(
+            f"{source} has its U-Net as averages alone ({unet_keys.AVERAGES}...), and weights=raw asks for the plain "
+            "weights, which are missing: use weights=ema."
+        )
+    return own
+
+
+def _read_unet(checkpoint: Checkpoint, theirs: State, source: Path, given: Described | None) -> None:
     found = sizes.unet(theirs)
     key = (tuple(found["block_channels"]), found["cross_attention_dim"])
     node = _complete(found, known.UNETS.get(key), given, "unet", source)
     wanted = expected(node)
-    names = unet_keys.compvis_names(wanted)
-    if weights == "ema":
-        averaged = {name: opened.tensors.get(unet_keys.ema_name(name)) for name in names.values()}
-        if any(tensor is not None for tensor in averaged.values()):
-            match({k: v for k, v in averaged.items() if v is not None}, theirs, f"{source} (averaged U-Net)")
-            theirs = {k: v for k, v in averaged.items() if v is not None}
-    inverse = {name: ours for ours, name in names.items()}
+    inverse = {name: ours for ours, name in unet_keys.compvis_names(wanted).items()}
     state = {inverse.get(name, unet_keys.PREFIX + name): tensor for name, tensor in theirs.items()}
     checkpoint.states["unet"] = filled(state, wanted, f"{source} (U-Net)")
     checkpoint.config["model"] = node

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 PREFIX = "model.diffusion_model."
+AVERAGES = "model_ema.diffusion_model"  # before a name without dots
 _ENDS = {
     "conv_in.": "input_blocks.0.0.",
     "time_embedding.linear_1.": "time_embed.0.",
@@ -35,6 +39,25 @@ def compvis_names(ours: Iterable[str]) -> dict[str, str]:
 def ema_name(theirs: str) -> str:
     """Where CompVis' files keep the average of a tensor: dots left out, as buffers' names may have none."""
     return "model_ema." + (PREFIX.removeprefix("model.") + theirs).replace(".", "")
+
+
+# What names without dots consist of; of the digits behind a row of blocks the last one counts within the block.
+_WORDS = re.compile(
+    r"(?<=put_blocks)\d+(?=\d)|\d+|input_blocks|middle_block|output_blocks|time_embed|in_layers|emb_layers|out_layers"
+    r"|skip_connection|transformer_blocks|attn[12]|to_(?:q|k|v|out)|ff|net|proj_in|proj_out|proj|norm[123]?|op|conv|out"
+    r"|weight|bias"
+)
+
+
+def from_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The U-Net's averages in a file, by CompVis' names without the prefix: `ema_name`'s inverse, for any size."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(AVERAGES):
+            name = key.removeprefix(AVERAGES).removeprefix(".")
+            dotted = ".".join(_WORDS.findall(name))
+            found[dotted if dotted.replace(".", "") == name else name] = tensor
+    return found
 
 
 def _compvis_name(key: str, layers: int, attending: set[str]) -> str:

@@ -80,7 +80,7 @@ class CLIPText(CLIPTokenized):
         super().set_tokenizer(tokenizer)
         if self.marks is not None:
             return
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # so that the saved configuration is true
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # so that the configuration is true
             setattr(self.text_model.config, name, getattr(tokenizer, name))
         self.text_model.eos_token_id = tokenizer.eos_token_id
 

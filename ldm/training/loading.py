@@ -45,8 +45,11 @@ class Stored:
     keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files
 
 
-def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Stored:
-    """A checkpoint in anybody's layout, checked, whose tensors are read when they are touched."""
+def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None, whole: bool = True) -> Stored:
+    """A checkpoint in anybody's layout, checked, whose tensors are read when they are touched.
+
+    whole: parts that a file of a U-Net or a text encoder lacks come from config=, or it is refused; else they stay out.
+    """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
     path = Path(path).expanduser()  # shells leave checkpoint=~/x as it is
@@ -56,15 +59,49 @@ def open_any(path: str | Path, weights: str = "ema", config: str | Path | None =
         tokenizer = words if words.is_dir() else None
         return Stored(load_parts(folder, weights), saved, folder, saved.get("scheduler_config"), tokenizer)
     checkpoint = foreign.read_stored(path, config, weights)
-    if "vae" not in checkpoint.states:
-        raise ConfigError(
-            f"{path} holds {' and '.join(checkpoint.states)} alone: give the folder of the whole pipeline, "
-            "the one with model_index.json in it."
-        )
+    if whole and set(checkpoint.states) != {"vae"}:
+        _complete(checkpoint, path, config, weights)
     nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
     if checkpoint.scheduler_config is not None:
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
     return Stored(checkpoint.states, nodes, path, checkpoint.scheduler_config, checkpoint.tokenizer, checkpoint.keep)
+
+
+_CALLED = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
+
+
+def _complete(checkpoint: foreign.Checkpoint, path: Path, config: str | Path | None, weights: str) -> None:
+    """Takes the parts that a checkpoint lacks from config=. ConfigError that names those which are nowhere."""
+    missing = [part for part in foreign.PARTS if part not in checkpoint.states]
+    if not missing:
+        return
+    other = None if config is None else _weights_of(config, weights)
+    nowhere = [part for part in missing if other is None or part not in other.states]
+    if nowhere:
+        lacks, has = (" and no ".join(_CALLED[part] for part in parts) for parts in (nowhere, checkpoint.states))
+        either = "" if other is None else f", and config={config} has none either"
+        raise ConfigError(
+            f"{path} has no {lacks}{either}: it holds {has.replace(' and no ', ' and ')} only. Give config=PATH, a "
+            "diffusers folder or a run of the same model, and what is missing is taken from there."
+        )
+    assert other is not None
+    for part in missing:
+        checkpoint.states[part], key = other.states[part], foreign.PARTS[part]
+        checkpoint.config[key] = other.config[key]
+    if checkpoint.scheduler_config is None:
+        checkpoint.scheduler_config = other.scheduler_config
+    for key in ("scheduler", "parameterization", "image_size"):  # runs of ours may have those that no file describes
+        if key in other.config:
+            checkpoint.config.setdefault(key, other.config[key])
+    checkpoint.tokenizer = checkpoint.tokenizer or other.tokenizer
+    checkpoint.keep = [*checkpoint.keep, other]
+
+
+def _weights_of(config: str | Path, weights: str) -> Stored:
+    place = Path(config).expanduser()
+    return open_any(
+        place.parent if place.is_file() and place.suffix in (".yaml", ".yml") else place, weights, whole=False
+    )
 
 
 def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:

@@ -190,7 +190,7 @@ def _opened(
 
     widens: the first may have more input channels (a model that repaints). A warning where their autoencoders differ.
     """
-    opened = [open_any(path, weights, config) for path in checkpoints]
+    opened = [open_any(path, weights, config, whole=i == 0) for i, path in enumerate(checkpoints)]
     for stored in opened:
         if stored.config.get("adapter"):
             raise ConfigError(
