@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.formats import torch_file
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def load_nested(path: Path) -> dict[Any, Any]:
     """What a file holds, nested as it is: tensors, numbers and texts in dicts, lists and tuples. Errors as `load`'s."""
     if _is_safetensors(path):
         return dict(_safetensors(path).tensors)
-    return {k: vars(v).get("tensors", {}) if isinstance(v, Parameters) else v for k, v in _unpickled(path).items()}
+    return dict(_unpickled(path))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -100,55 +99,8 @@ def _safetensors(path: Path) -> Opened:
         raise ConfigError(f"{path} was cut short or is damaged ({error}). Fetch it again.") from error
 
 
-# Names that published files mention beside their tensors. They hold no weights: inert objects stand in for them.
-_MENTIONED = [
-    *(
-        f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
-        for package in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
-    ),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
-    *(f"numpy.dtypes.{name}DType" for name in ("Float64", "Float32", "Int64", "Int32", "Bool")),
-]
-
-
-class Inert:
-    """Stands where another library's object was: takes anything, keeps nothing, does nothing."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class Parameters:
-    """Stands for torch's ParameterDict, in which the first embeddings keep their vectors: the tensors in it."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.tensors = dict(state["_parameters"])
-
-
-_STANDING_IN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (Parameters, "torch.nn.modules.container.ParameterDict"),
-    *((Inert, name) for name in _MENTIONED),
-]
-
-
 def _unpickled(path: Path) -> Mapping[Any, Any]:
-    try:
-        with torch.serialization.safe_globals(_STANDING_IN):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except UnpicklingError as error:
-        named = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(error))
-        if named is None:
-            raise ConfigError(f"{path} is damaged, or holds more than plain data. Fetch it again.") from error
-        raise ConfigError(
-            f"{path} asks for {named[1]}, which is code: it was not run and the file was not read. "
-            "Take the .safetensors version of this model, or one from somebody you trust."
-        ) from error
-    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
-        raise ConfigError(f"{path} was cut short or is damaged. Fetch it again.") from error
+    content = torch_file.unpickled(path)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not named tensors: it is no checkpoint.")
     return content
@@ -167,8 +119,3 @@ def _torch(path: Path) -> Opened:
     return Opened(
         tensors, tuple(dict.fromkeys([*top, *map(str, content)])), {}, step if isinstance(step, int) else None
     )
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
