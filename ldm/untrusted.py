@@ -9,7 +9,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,18 @@ def place(path: Path) -> Literal["file", "folder", "nothing"]:
     if not stat.S_ISREG(mode):
         raise ConfigError(f"{path} is a pipe or a device, not a file: give a file.")
     return "file"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block a file is read. ConfigError before it for what is no file, and for whatever reading meets."""
+    if (found := place(path)) != "file":
+        kind = "missing" if found == "nothing" else "a folder"
+        raise ConfigError(f"{path} is {kind}, and a file belongs there: fetch it again.")
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({_reason(error)}).") from error
 
 
 def read_bytes(path: Path, most: int = SETTINGS) -> bytes:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.formats import torch_file
+from ldm.formats import safetensors_header, torch_file
+from ldm.untrusted import readable, shown
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Opened:
 
 def load(path: Path) -> Opened:
     """Opens a .safetensors, .ckpt, .pt or .bin file. ConfigError for anything that is damaged or would run code."""
-    return _safetensors(path) if _is_safetensors(path) else _torch(path)
+    with readable(path):
+        return _safetensors(path) if _is_safetensors(path) else _torch(path)
 
 
 def load_nested(path: Path) -> dict[Any, Any]:
     """What a file holds, nested as it is: tensors, numbers and texts in dicts, lists and tuples. Errors as `load`'s."""
-    if _is_safetensors(path):
-        return dict(_safetensors(path).tensors)
-    return dict(_unpickled(path))
+    with readable(path):
+        return dict(_safetensors(path).tensors if _is_safetensors(path) else _unpickled(path))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -86,17 +87,13 @@ def let_go(tensor: Tensor) -> None:
 
 
 def _safetensors(path: Path) -> Opened:
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if 8 + header > path.stat().st_size:
-        raise ConfigError(f"{path} was cut short: its header alone is longer than the file. Fetch it again.")
+    header = safetensors_header.read(path)
+    metadata = header.pop("__metadata__", {})
     try:
         with safe_open(path, framework="pt") as file:
-            names = tuple(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-            return Opened(tensors, names, file.metadata() or {})
-    except SafetensorError as error:
-        raise ConfigError(f"{path} was cut short or is damaged ({error}). Fetch it again.") from error
+            return Opened({name: file.get_tensor(name) for name in header}, tuple(header), metadata)
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{path} was cut short or is damaged ({shown(error, 120)}). Fetch it again.") from error
 
 
 def _unpickled(path: Path) -> Mapping[Any, Any]:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ldm.errors import ConfigError
+from ldm.formats import torch_file
+from ldm.formats.open import load
 from ldm.formats.store import save_tensors
 from ldm.untrusted import read_json, read_yaml, whole
 
@@ -179,10 +181,10 @@ def load_parts(folder: Path, weights: str = "ema", only: Sequence[str] | None = 
         name = file.name.removesuffix(".safetensors")
         if only is not None and name not in only:
             continue
-        parts[name] = load_file(file)
+        parts[name] = load(file).tensors
         averaged = folder / f"{name}.ema.safetensors"
         if weights == "ema" and averaged.is_file():
-            parts[name].update(load_file(averaged))
+            parts[name].update(load(averaged).tensors)
     return parts
 
 
@@ -216,14 +218,14 @@ class FolderCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
         folder = Path(path)
-        checkpoint = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        checkpoint = _read_state(folder / "state.pt")
         raw = load_parts(folder, weights="raw")
         checkpoint["state_dict"] = {f"{self.parts[p]}.{k}": v for p, tensors in raw.items() for k, v in tensors.items()}
         averages = {}
         for part in self.trained:
             file = folder / f"{part}.ema.safetensors"
             if file.is_file():
-                averages.update({f"{self.parts[part]}.{k}": v for k, v in load_file(file).items()})
+                averages.update({f"{self.parts[part]}.{k}": v for k, v in load(file).tensors.items()})
         if averages:
             checkpoint["ema"] = averages
         self.previous = folder
@@ -231,6 +233,21 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
+
+
+_STATE = {  # what Lightning resumes from
+    **dict.fromkeys(("epoch", "global_step"), int),
+    **dict.fromkeys(("loops", "callbacks"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote of a trainer, its tensors in memory of their own. ConfigError for anything else."""
+    state = torch_file.unpickled(path)
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in _STATE.items()):
+        raise ConfigError(f"{path} is no trainer's state: the folder was put together by hand. Use another step.")
+    return tree_map_only(Tensor, Tensor.clone, state)
 
 
 def _under(tensors: State, attribute: str) -> State:
