@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ldm.choices import drop_leftovers, said_in_words
 from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError
 
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
     try:
         _refuse_self_launched_sweeps(arguments, multirun)
-        arguments = [quoted(a, multirun) for a in arguments]
+        arguments = [quoted(said_in_words(a), multirun) for a in arguments]
         if multirun:
             os.environ["LDM_SWEPT"] = " ".join(a.split("=", 1)[0] for a in arguments if "," in a.partition("=")[2])
             arguments.append(f"hydra.sweep.dir={_sweep_directory(arguments)}")
@@ -107,6 +108,7 @@ def _perform(config: DictConfig, choices: dict[str, Any], overrides: list[str], 
 
     task = str(choices["task"])
     check_keys_are_read(task, overrides)
+    drop_leftovers(config, overrides)
     config.experiment = choices.get("experiment") or task
     function: Callable[..., dict[str, float]] = get_method(config.task._target_)
     return function(config, arm=_arm(sweep, overrides))

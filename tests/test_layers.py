@@ -22,6 +22,7 @@ ROOMS = [
     "ldm.formats",
     "ldm.config",
     "ldm.build",
+    "ldm.choices",
     "ldm.training",
     "ldm.pipeline",
     "ldm.analysis",
@@ -33,7 +34,7 @@ ROOMS = [
 ]
 ONLY_IN = {  # third party -> rooms that may import it
     "hydra": ("ldm.config", "ldm.build", "ldm.explain", "ldm.run", "ldm.tasks"),
-    "omegaconf": ("ldm.config", "ldm.build", "ldm.explain", "ldm.run", "ldm.tasks"),
+    "omegaconf": ("ldm.config", "ldm.build", "ldm.choices", "ldm.explain", "ldm.run", "ldm.tasks"),
     "lightning": ("ldm.training", "ldm.data"),
     "webdataset": ("ldm.data",),
     "transformers": ("ldm.text", "ldm.training.run"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import build
+from ldm.choices import drop_leftovers
 from ldm.config import check, nearest, plain
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
@@ -174,6 +175,7 @@ class Stages:
         merged = OmegaConf.merge(self.config, changes, self.found)
         assert isinstance(merged, DictConfig)
         merged.stages = {}
+        drop_leftovers(merged)
         return merged
 
     def prior(self, values: dict[str, Any]) -> dict[str, float]:
