@@ -23,6 +23,7 @@ from ldm.errors import ConfigError
 from ldm.pictures import from_pil, to_pil
 from ldm.sampling import Request, Sampler
 from ldm.text.prompts import Prompts
+from ldm.text.reading import NotText, checked
 from ldm.training.adapters import load_adapters
 from ldm.training.assemble import Parts
 from ldm.training.loading import Loaded, load_any, save_any
@@ -239,7 +240,10 @@ def _texts(name: str, given: Texts) -> list[str]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise ConfigError(f"{name} must be a text or a list of texts, not {type(given).__name__}.")
-    return list(texts)
+    try:
+        return [checked(text) for text in texts]
+    except NotText as error:
+        raise ConfigError(f"{name} is {error}.") from None
 
 
 def _seeds(given: Any) -> list[int]:

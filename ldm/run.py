@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 from ldm.choices import drop_leftovers, said_in_words
 from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError
+from ldm.text.reading import NotText, checked
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
 TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
@@ -28,6 +30,8 @@ PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
 
 def main() -> None:
     """Runs, and turns what the person can mend into one line and an exit code: 2 refused, 130 or 75 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that this terminal cannot show end nothing
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -47,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     os.environ["LDM_COMMAND"] = shlex.join(["python", "-m", "ldm.run", *arguments])  # for run.json
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
     try:
+        _refuse_bytes(arguments)
         _refuse_self_launched_sweeps(arguments, multirun)
         arguments = [quoted(said_in_words(a), multirun) for a in arguments]
         if multirun:
@@ -160,6 +165,18 @@ def _sweep_directory(arguments: Sequence[str]) -> str:
     changes = sorted(a for a in arguments if "=" in a and not a.startswith(("name=", "outputs=")))
     name = given.get("name") or f"{given.get('experiment', 'sweep')}-sweep-{digest(changes, 6)}"
     return str(Path(given.get("outputs", "outputs")) / name.strip("\"'"))
+
+
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """What is typed goes into configurations, recipes and reports, which are texts; so it has to be one."""
+    for argument in arguments:
+        try:
+            checked(argument)
+        except NotText as error:
+            raise ConfigError(
+                f"an argument is {error}: type it in UTF-8 (is the terminal set to another encoding?). A file"
+                " or folder with such a name needs another one, or a link: ln -s."
+            ) from None
 
 
 def _refuse_self_launched_sweeps(arguments: Sequence[str], multirun: bool) -> None:

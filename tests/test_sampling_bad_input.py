@@ -214,7 +214,7 @@ COMMANDS = [  # of task=sample, beside checkpoint= and num_steps=2
     (["prompt=a", "mask=mask.png"], "mask= belongs to a picture: give init_image= too"),
     (["prompt=a", "init_image=prompts.txt"], "init_image=prompts.txt: not a picture that can be read"),
     (["prompt=a", "output=prompts.txt/x"], "prompts.txt is a file, and pictures need a folder: give another output="),
-    (["prompts=binary.txt"], "prompts=binary.txt: not a text in UTF-8"),
+    (["prompts=binary.txt"], "prompts=binary.txt: not UTF-16 on line 1"),
     (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read"),
     (["prompts=prompts.txt"], "task=sample needs a text"),
     (["prompt=a", "guider=autoguidance"], "name a smaller or less trained one, guider.checkpoint=PATH"),

@@ -14,8 +14,9 @@ from PIL import Image
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.shards import open_split
 from ldm.data.sources.emoji import EmojiSource, find_font
-from ldm.data.sources.folder import FolderSource, formats, read_table
+from ldm.data.sources.folder import FolderSource, formats
 from ldm.data.sources.item import Item, Reject
+from ldm.data.sources.tables import read_table
 from ldm.data.transforms import open_image
 from ldm.data.writer import write_dataset
 from ldm.errors import ConfigError

@@ -1,11 +1,9 @@
 """The caption of a sample."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-JSON_NAMES = ("caption", "text")
-
+from ldm.text import reading
 
 # What to do where no picture has a caption.
 CAPTIONS_WANTED = (
@@ -23,41 +21,53 @@ class SampleError(ValueError):
         self.reason = reason
 
 
-def caption_of(sample: Mapping[str, Any], choice: float = 0.0) -> str:
-    """The caption: from .txt, else `caption` or `text` of .json, else SampleError naming the fields present.
-
-    A json may hold a list of captions: `choice` in [0, 1) picks one.
-    """
-    if "txt" in sample:
-        return decode_text(sample["txt"], "txt")
-    names: list[str] = []
-    if "json" in sample:
-        record = json_of(sample["json"])
-        for name in JSON_NAMES:
-            text = record.get(name)
-            if isinstance(text, list) and text and all(isinstance(t, str) for t in text):
-                text = text[int(choice * len(text))]
-            if isinstance(text, str):
-                return text.strip()
-        names = [f"json:{name}" for name in record]
-    present = [name for name in sample if not name.startswith("__")] + names
-    raise SampleError("no caption", f"no caption: neither .txt nor json caption/text; present: {', '.join(present)}")
-
-
 def decode_text(data: bytes, what: str) -> str:
-    """UTF-8 with or without a byte order mark, stripped; never guessed: a wrong guess would train on garbage."""
+    """A caption file's text, stripped (`ldm.text.reading.decode`); SampleError where it is none."""
     try:
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise SampleError("caption is not UTF-8", f"the {what} is not UTF-8 ({error.reason})") from None
+        return reading.decode(data).strip()
+    except reading.NotText as error:
+        raise SampleError("caption is not UTF-8", f"the {what} is {error}") from None
 
 
-def json_of(data: bytes) -> dict[str, Any]:
-    """The json of a sample: an object, else SampleError."""
+def json_of(data: bytes | str) -> dict[str, Any]:
+    """An object of JSON whose keys are there once, else SampleError."""
     try:
-        record = json.loads(data)
+        text = data if isinstance(data, str) else reading.decode(data)
+        record = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise SampleError("unreadable json", f"the json is unreadable: {error}") from None
     if not isinstance(record, dict):
-        raise SampleError("unreadable json", f"the json is no object but {type(record).__name__}")
+        raise SampleError("unreadable json", f"the json is no object but {_kind(record)}")
     return record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return record
+
+
+def spoken(value: Any, where: str, choice: float = 0.0) -> str | None:
+    """A value of a json or a table as a caption, stripped; None where there is none (null, NaN).
+
+    A list of texts holds several captions: `choice` in [0, 1) picks one. SampleError for what is no text.
+    """
+    if value is None or value != value:
+        return None
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        value = value[int(choice * len(value))]
+    if not isinstance(value, str):
+        raise SampleError("caption is not text", f"{where} is no text but {_kind(value)}")
+    try:
+        return reading.checked(value).strip()
+    except reading.NotText as error:
+        raise SampleError("caption is not UTF-8", f"{where} is {error}") from None
+
+
+def _kind(value: Any) -> str:
+    """Its type in JSON's words, and how it begins."""
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    name = "null" if value is None else names.get(type(value), "a text" if isinstance(value, str) else "something else")
+    return f"{name} ({str(value)[:40]})"

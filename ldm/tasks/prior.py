@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.config import digest
-from ldm.data.sources.folder import pictures_in
+from ldm.data.sources.tree import pictures_in
 from ldm.data.writer import Written
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline

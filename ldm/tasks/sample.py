@@ -20,6 +20,7 @@ from ldm.formats.kinds import is_ours
 from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
+from ldm.text import reading
 from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
@@ -97,12 +98,7 @@ def split_weight(given: Any) -> tuple[str, float]:
 
 def _prompts(config: DictConfig) -> list[str]:
     if config.prompts:
-        try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"prompts={config.prompts}: cannot be read ({error.strerror}).") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"prompts={config.prompts}: not a text in UTF-8: give one prompt a line.") from error
+        lines = reading.lines(reading.read_text(config.prompts, "prompts="))
         prompts = [line.strip() for line in lines if line.strip()]
     else:
         prompts = [config.prompt] if config.prompt is not None else []
