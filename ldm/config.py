@@ -142,7 +142,7 @@ class Root:
     task: Any = group("all", "what to do")
     experiment: Any = group("all", "a recipe: choices of all the groups below")
     source: Any = group("train prepare", "where prepare's images come from")
-    data: Any = group("train encode evaluate", "how shards are read")
+    data: Any = group("train encode evaluate check", "how shards are read")
     model: Any = group("train", "the denoising network")
     autoencoder: Any = group("train", "the first stage")
     text_encoder: Any = group("train", "captions to conditions")

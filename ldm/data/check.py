@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.data.fields import Fields
 from ldm.data.samples import sequential
 from ldm.data.shards import MANIFEST, Shards, open_shards, read_manifest, scan_all, splits
 from ldm.errors import ConfigError
@@ -19,6 +20,7 @@ class Report:
     damaged: list[str] = field(default_factory=list)  # shards
     reasons: Counter[str] = field(default_factory=Counter)
     bad: list[dict[str, str]] = field(default_factory=list)  # samples: shard, key, reason, detail
+    without_caption: int = 0  # samples: an autoencoder can be trained on them
 
     @property
     def ok(self) -> bool:
@@ -30,16 +32,21 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{n} samples{f' in {split}' if split else ''}" for split, n in self.samples.items())
         lines = [f"{'sound' if self.ok else 'NOT sound'}: {counts or 'no samples'}", *self.damaged]
-        return "\n".join(lines + [f"{count} x {reason}" for reason, count in self.reasons.most_common()])
+        lines += [f"{count} x {reason}" for reason, count in self.reasons.most_common()]
+        if self.without_caption:
+            lines.append(f"{self.without_caption} samples without a caption, which text wants: data.fields.caption=")
+        return "\n".join(lines)
 
 
-def check_dataset(path: str, decode: bool = True, digests: bool = True, threads: int = 2) -> Report:
+def check_dataset(
+    path: str, decode: bool = True, digests: bool = True, threads: int = 2, fields: Fields | None = None
+) -> Report:
     """Scan every header anew, compare the digests of the manifest, decode every sample; never raises for bad data."""
     report = Report()
     folders = {name: str(Path(path) / name) for name in splits(Path(path))} or {"": path}
     for name, folder in folders.items():
         try:
-            shards = open_shards(folder)
+            shards = open_shards(folder, fields)
             scan_all(shards.files)
         except ConfigError as error:
             report.damaged.append(str(error))
@@ -62,7 +69,9 @@ def _changed(folder: Path) -> list[str]:
 
 
 def _decode(shards: Shards, report: Report, threads: int) -> None:
-    for _, found in sequential(shards, image_size=64, batch_size=64, threads=threads):
+    reading = shards.reading.optional()
+    for batch, found in sequential(shards, image_size=64, batch_size=64, threads=threads, fields=reading):
+        report.without_caption += sum(caption is None for caption in batch.get("caption", ()))
         for bad in found:
             report.reasons[bad.error.reason] += 1
             report.bad.append({"shard": bad.url, "key": bad.key, "reason": bad.error.reason, "detail": str(bad.error)})

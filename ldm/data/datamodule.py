@@ -1,13 +1,15 @@
 """The data as Lightning wants them."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 
-from ldm.data.captions import SampleError, caption_of
+from ldm.data.captions import SampleError
+from ldm.data.fields import read_fields
 from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
 from ldm.data.plan import Geometry
 from ldm.data.reader import IndexedShards
@@ -16,6 +18,8 @@ from ldm.data.shards import Shards, open_split, split_names
 from ldm.data.stream import StreamLoader
 from ldm.data.transforms import CropImage, DecodeImage
 from ldm.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -45,6 +49,8 @@ class ShardDataModule(L.LightningDataModule):
         max_bad: int | None = None,  # unusable samples before it stops; null: 10 or 1 in 1000
         resume: str = REFUSE,  # or restart_epoch, when the data have changed
         epoch_samples: int | None = None,  # stream only: what an epoch is
+        fields: Mapping[str, Any] | None = None,  # image, caption: members in order of preference (ldm.data.fields)
+        class_names: str | None = None,  # file with a name a line: captions of the numbers in .cls
     ) -> None:
         super().__init__()
         if mode not in ("index", "stream"):
@@ -59,6 +65,8 @@ class ShardDataModule(L.LightningDataModule):
         self.validation_fraction, self.validation_samples = validation_fraction, validation_samples
         self.validation_batch_size, self.train_samples = validation_batch_size or batch_size, train_samples
         self.epoch_samples = epoch_samples
+        self.fields = read_fields(fields, class_names)
+        self.captions_read = True  # false, set before anything is read: every caption is the empty one
         self._splits: dict[str, Shards] = {}
         self._train: ThreadLoader | StreamLoader | None = None
 
@@ -70,11 +78,22 @@ class ShardDataModule(L.LightningDataModule):
                 " images=DIR for a folder of pictures."
             )
         if name not in self._splits:
-            found = open_split(self.shards, name, self.validation_fraction)
+            found = open_split(self.shards, name, self.validation_fraction, self.fields)
+            if found.kind == "latent" and self.captions_read:
+                found = self._captioned(found)
             if name == "train" and self.train_samples is not None and self.train_samples < len(found):
                 found = found.take(np.arange(self.train_samples), f"first {self.train_samples}")
             self._splits[name] = found
         return self._splits[name]
+
+    def _captioned(self, latents: Shards) -> Shards:
+        """Without the latents of pictures that had no caption, where others had one: only their text was missing."""
+        columns = latents.index.columns(latents.reading.caption_members)
+        there = np.flatnonzero((latents.index.offset[:, columns] >= 0).any(axis=1))
+        if len(there) in (0, len(latents)):
+            return latents
+        log.warning("%s: %d latents without a caption are left out", latents.path, len(latents) - len(there))
+        return latents.take(there, "with captions")
 
     def setup(self, stage: str | None = None) -> None:
         """Open what will be read, so that a wrong path stops the run before anything is built."""
@@ -105,7 +124,9 @@ class ShardDataModule(L.LightningDataModule):
     @property
     def validates_on_training(self) -> bool:
         """Whether the samples are so few that none is held out: validation then looks at those trained on."""
-        return self.mode == "index" and "val" not in split_names(self.shards or "", self.validation_fraction)
+        return self.mode == "index" and "val" not in split_names(
+            self.shards or "", self.validation_fraction, self.fields
+        )
 
     @property
     def kind(self) -> str:
@@ -119,11 +140,32 @@ class ShardDataModule(L.LightningDataModule):
 
     def captions(self, split: str = "train") -> Iterator[str]:
         """All captions of a split, in the order of the shards; samples without a usable one are left out."""
-        for sample in IndexedShards(self.split(split), fields=("txt", "json")):
+        shards = self.split(split)
+        for sample in IndexedShards(shards, fields=shards.reading.caption_members):
             try:
-                yield caption_of(sample)
+                yield shards.reading.caption_of(sample) or ""
             except SampleError:
                 continue
+
+    def require_captions(self) -> None:
+        """ConfigError with the ways out where none of the first samples has a caption; a stream is not looked at."""
+        if self.mode != "index":
+            return
+        shards = self.split("train")
+        text: SampleError | None = None
+        for sample in IndexedShards(shards, range(min(len(shards), 100))):
+            try:
+                shards.reading.caption_of(sample)
+                return
+            except SampleError as error:
+                text = text or error
+        if text is not None:
+            again = "" if shards.kind == "image" else "encode the images again with "
+            raise ConfigError(
+                f"{self.shards}: {text}. Say where it stands: {again}data.fields.caption=[MEMBER], or [json:KEY];"
+                " or train without: text_encoder=none and a model that reads no text, or one for all pictures,"
+                ' instance_prompt="a photo".'
+            )
 
     def train_dataloader(self) -> ThreadLoader | StreamLoader:
         """The one training loader: asked for again it is the same, so that its position is never lost."""
@@ -166,8 +208,9 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def _batches(self, shards: Shards, crop: str, flip: bool) -> Batches:
-        stages, fields = stages_for(shards, self.image_size, crop, flip, self.seed)
-        return Batches(shards, stages, fields, self.seed, self.max_bad, self._on_gpu())
+        reading = shards.reading if self.captions_read else shards.reading.unread()
+        stages, members = stages_for(shards, self.image_size, crop, flip, self.seed, reading)
+        return Batches(shards, stages, members, self.seed, self.max_bad, self._on_gpu())
 
     def _stream(self, geometry: Geometry) -> StreamLoader:
         if not self.shards or not self.epoch_samples:
@@ -175,7 +218,7 @@ class ShardDataModule(L.LightningDataModule):
                 "data.mode=stream needs shards=PATH_OR_PATTERN and data.epoch_samples=N: a stream has no length."
             )
         stages: list[Stage] = [
-            DecodeImage(self.image_size),
+            DecodeImage(self.image_size, self.fields if self.captions_read else self.fields.unread()),
             CropImage(self.image_size, self.crop, self.flip, self.seed),
         ]
         size = self.epoch_samples

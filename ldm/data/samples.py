@@ -13,6 +13,7 @@ import torch
 import webdataset as wds
 
 from ldm.data.captions import SampleError
+from ldm.data.fields import Fields
 from ldm.data.plan import uniforms
 from ldm.data.reader import IndexedShards
 from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards
@@ -48,10 +49,14 @@ def careful(stage: Stage) -> Stage:
     return run
 
 
-def stages_for(shards: Shards, image_size: int, crop: str, flip: bool, seed: int) -> tuple[list[Stage], list[str]]:
-    """The map stages for this data set and the fields that they read."""
+def stages_for(
+    shards: Shards, image_size: int, crop: str, flip: bool, seed: int, fields: Fields | None = None
+) -> tuple[list[Stage], list[str]]:
+    """The map stages for this data set and the members that they read; `fields` may read less than the data set's."""
+    fields = fields or shards.reading
     if shards.kind == "image":
-        return [DecodeImage(image_size), CropImage(image_size, crop, flip, seed)], list(DecodeImage.fields)
+        decode = DecodeImage(image_size, fields)
+        return [decode, CropImage(image_size, crop, flip, seed)], list(decode.members)
     if crop != "centre":
         raise ConfigError("data.crop=random cannot be had from encoded latents: use data.crop=centre, or the images.")
     if flip and MIRRORED_FIELD not in shards.fields:
@@ -59,7 +64,8 @@ def stages_for(shards: Shards, image_size: int, crop: str, flip: bool, seed: int
             "data.flip=true needs the mirrored pictures' latents too, and these shards have none: encode the images "
             "with task=encode data.flip=true, or leave data.flip=false."
         )
-    return [DecodeLatent(latent_shape(shards), flip, seed)], list(DecodeLatent.fields)
+    latents = DecodeLatent(latent_shape(shards), fields, flip, seed)
+    return [latents], list(latents.members)
 
 
 def latent_shape(shards: Shards) -> tuple[int, ...] | None:
@@ -155,14 +161,20 @@ class Batches:
 
 
 def sequential(
-    shards: Shards, image_size: int, batch_size: int, threads: int = 2, positions: Sequence[int] | None = None
+    shards: Shards,
+    image_size: int,
+    batch_size: int,
+    threads: int = 2,
+    positions: Sequence[int] | None = None,
+    fields: Fields | None = None,
 ) -> Iterator[tuple[dict[str, Any], list[Bad]]]:
     """Every sample once and in order, centre crop: (batch, what could not be used), for encoding and checking.
 
     Nothing is replaced here, so a batch may be shorter than `batch_size`, and {} if none of its samples is good.
+    `fields`: the data set's own, or less of them: `shards.reading.unread()` where nobody asks for captions.
     """
-    stages, fields = stages_for(shards, image_size, "centre", False, 0)
-    batches, chosen = Batches(shards, stages, fields), positions if positions is not None else range(len(shards))
+    stages, members = stages_for(shards, image_size, "centre", False, 0, fields)
+    batches, chosen = Batches(shards, stages, members), positions if positions is not None else range(len(shards))
 
     def job(start: int) -> tuple[dict[str, Any], list[Bad]]:
         rows = list(batches.samples(chosen[start : start + batch_size], [0] * len(chosen[start : start + batch_size])))
@@ -173,7 +185,10 @@ def sequential(
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"image" uint8 (B, 3, H, W) or "latent" float32 (B, MC, h, w), "caption", "key", "index"}."""
+    """Samples -> {"image" uint8 (B, 3, H, W) or "latent" float32 (B, MC, h, w), "caption", "key", "index"}.
+
+    A caption is None where a sample may do without one and does.
+    """
     batch: dict[str, Any] = {}
     if "image" in rows[0]:
         batch["image"] = torch.stack([row["image"] for row in rows])

@@ -17,12 +17,12 @@ from braceexpand import braceexpand
 
 from ldm.data import index as indexing
 from ldm.data import plan, tar
+from ldm.data.fields import IMAGE_FIELDS, Fields
 from ldm.data.index import Index
 from ldm.errors import ConfigError
 
 FORMAT = 1
 MANIFEST, INDEX = "manifest.json", "index.npz"
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp")
 LATENT_FIELD = "latent.npy"
 MIRRORED_FIELD = "latent_flip.npy"  # the latent of the mirrored picture
 MOST_HELD_OUT = 1024
@@ -40,6 +40,7 @@ class Shards:
     index: Index
     fingerprint: str  # of the content, not of the place
     facts: dict[str, Any] = field(default_factory=dict)  # what prepare or encode found out
+    reading: Fields = field(default_factory=Fields)  # which members are picture and caption
     descriptors: "Descriptors" = field(default_factory=lambda: Descriptors(), compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -84,7 +85,12 @@ class _Descriptor:
             os.close(self.fd)
 
 
-def open_split(path: str | os.PathLike[str], split: str = "train", validation_fraction: float = 0.02) -> Shards:
+def open_split(
+    path: str | os.PathLike[str],
+    split: str = "train",
+    validation_fraction: float = 0.02,
+    fields: Fields | None = None,
+) -> Shards:
     """The samples of one split: the folder of that name, or the deterministic share of a folder that has none.
 
     Without a val/ folder the samples whose keys hash lowest are held out, at most 1024: training and validation never
@@ -96,21 +102,23 @@ def open_split(path: str | os.PathLike[str], split: str = "train", validation_fr
     if own or split not in ("train", "val"):
         if not (root / split).is_dir():
             raise ConfigError(f"{root} has no {split}/ folder: splits there: {', '.join(splits(root)) or 'none'}.")
-        return open_shards(root / split)
-    whole = open_shards(root / "train" if (root / "train").is_dir() else path)
+        return open_shards(root / split, fields)
+    whole = open_shards(root / "train" if (root / "train").is_dir() else path, fields)
     held_out = _held_out(whole, validation_fraction)
     wanted = held_out if split == "val" and held_out.any() else ~held_out
     positions = np.flatnonzero(wanted)[: MOST_HELD_OUT if split == "val" else None]
     return whole.take(positions, f"{split} {validation_fraction}")
 
 
-def split_names(path: str | os.PathLike[str], validation_fraction: float = 0.02) -> list[str]:
+def split_names(
+    path: str | os.PathLike[str], validation_fraction: float = 0.02, fields: Fields | None = None
+) -> list[str]:
     """The splits that a data set's samples lie in: its folders, and "val" where `open_split` would hold a share out."""
     root = Path(path)
     names = splits(root)
     if "val" in names:
         return names
-    whole = open_shards(root / "train" if "train" in names else path)
+    whole = open_shards(root / "train" if "train" in names else path, fields)
     return sorted({*names, "train", *(["val"] if _held_out(whole, validation_fraction).any() else [])})
 
 
@@ -123,17 +131,45 @@ def splits(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir() and any(p.glob("*.tar"))) if path.is_dir() else []
 
 
-def open_shards(path: str | os.PathLike[str]) -> Shards:
+def open_shards(path: str | os.PathLike[str], fields: Fields | None = None) -> Shards:
     """A folder of tars, a pattern such as data/{00000..00009}.tar or data/*.tar, or one tar, checked and indexed.
 
     What `task=prepare` wrote has a manifest and opens at once; the tars of others (img2dataset, webdataset's writer)
     are scanned header by header the first time, and the index is kept beside them where that folder can be written.
+    Another choice of `fields` is another data set: it has another fingerprint. Latents are ours, and read as they were
+    written: what they were made of was chosen then.
     """
     files = find_tars(path)
     folder = Path(path)
-    if folder.is_dir() and (folder / MANIFEST).is_file():
-        return _open_ours(folder, files)
-    return _open_foreign(folder, files)
+    ours = folder.is_dir() and (folder / MANIFEST).is_file()
+    found = _open_ours(folder, files) if ours else _open_foreign(folder, files)
+    if found.kind == "latent":
+        return found
+    reading = fields or Fields()
+    _refuse_dotted(found, reading)
+    mark = reading.mark()
+    fingerprint = hashlib.sha256(f"{found.fingerprint} {mark}".encode()).hexdigest() if mark else found.fingerprint
+    return replace(found, reading=reading, fingerprint=fingerprint)
+
+
+def _refuse_dotted(shards: Shards, reading: Fields) -> None:
+    """Refuse what a dot in a name did: img.v1.jpg and img.v2.jpg are one sample "img" without a picture."""
+    names, there = shards.fields, shards.index.offset >= 0
+    if any("." in name for name in reading.image):
+        return  # named on purpose
+    dotted = [i for i, name in enumerate(names) if "." in name and name.rpartition(".")[2] in IMAGE_FIELDS]
+    pictures = [i for i, name in enumerate(names) if name in reading.image]
+    lost = np.flatnonzero(there[:, dotted].any(axis=1) & ~there[:, pictures].any(axis=1))
+    if len(lost):
+        key, row = shards.index.key(lost[0]), there[lost[0]]
+        member = next(names[i] for i in dotted if row[i])
+        raise tar.damaged(
+            shards.files[shards.index.shard[lost[0]]],
+            f"member {f'{key}.{member}'!r} has a dot in its name, so webdataset reads it as field {member!r} of"
+            f" sample {key!r}, which has no other picture",
+            f"If that is the picture, say data.fields.image=[{member}]; else rename the pictures without dots and pack"
+            " them again.",
+        )
 
 
 def find_tars(path: str | os.PathLike[str]) -> list[Path]:
@@ -283,7 +319,7 @@ def group(members: Sequence[tar.Member], file: Path) -> Iterator[tuple[str, dict
         name, ext = match[1], match[2].lower()
         if name != key:
             if key:
-                yield _whole(key, found, file)
+                yield key, found
             if name in seen:
                 raise tar.damaged(
                     file,
@@ -299,20 +335,7 @@ def group(members: Sequence[tar.Member], file: Path) -> Iterator[tuple[str, dict
             raise tar.damaged(file, f"member {member.name!r} has {member.size} bytes, more than 1 GiB", "Remove it.")
         found[ext] = (member.offset, member.size)
     if key:
-        yield _whole(key, found, file)
-
-
-def _whole(key: str, found: dict[str, tuple[int, int]], file: Path) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Refuse what a dot in a name did: img.v1.jpg and img.v2.jpg are one sample "img" without a picture."""
-    dotted = [f for f in found if "." in f and f.rsplit(".", 1)[1] in IMAGE_FIELDS]
-    if dotted and LATENT_FIELD not in found and not any(f in IMAGE_FIELDS for f in found):
-        raise tar.damaged(
-            file,
-            f"member {f'{key}.{dotted[0]}'!r} has a dot in its name, so webdataset reads it as field {dotted[0]!r} of"
-            f" sample {key!r}",
-            "Rename the pictures without dots and pack them again.",
-        )
-    return key, found
+        yield key, found
 
 
 def _check_key(key: str, file: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from ldm.data.captions import SampleError, caption_of
+from ldm.data.captions import SampleError
+from ldm.data.fields import Fields
 from ldm.data.plan import uniforms
-from ldm.data.shards import IMAGE_FIELDS, LATENT_FIELD, MIRRORED_FIELD
+from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD
 from ldm.errors import ConfigError
 
 MAX_PIXELS = 64_000_000  # decoded, that is 192 MB; a 10 kB file can claim far more
@@ -118,18 +119,13 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
 class DecodeImage:
     """First map stage: sample dict -> {"image": RGB picture, "caption", ...}."""
 
-    fields = (*IMAGE_FIELDS, "txt", "json")
-
-    def __init__(self, image_size: int, max_pixels: int = MAX_PIXELS) -> None:
-        self.at_least, self.max_pixels = 2 * image_size, max_pixels
+    def __init__(self, image_size: int, fields: Fields | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        self.at_least, self.fields, self.max_pixels = 2 * image_size, fields or Fields(), max_pixels
+        self.members = self.fields.members
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        found = next((f for f in IMAGE_FIELDS if f in sample), None)
-        if found is None:
-            present = ", ".join(f for f in sample if not f.startswith("__"))
-            raise SampleError("no image", f"no image ({', '.join(IMAGE_FIELDS)}); present: {present or 'nothing'}")
-        image = open_image(sample[found], self.max_pixels, at_least=self.at_least)
-        return carry(sample) | {"image": image, "caption": caption_of(sample, choice(sample))}
+        image = open_image(self.fields.picture_of(sample), self.max_pixels, at_least=self.at_least)
+        return carry(sample) | {"image": image, "caption": self.fields.caption_of(sample)}
 
 
 class CropImage:
@@ -175,10 +171,11 @@ class DecodeLatent:
     With `flip` the encoder must have stored the mirrored picture's latent too: the mirrored latent is another one.
     """
 
-    fields = (LATENT_FIELD, MIRRORED_FIELD, "txt", "json")
-
-    def __init__(self, shape: tuple[int, ...] | None = None, flip: bool = False, seed: int = 0) -> None:
-        self.shape, self.flip, self.seed = shape, flip, seed
+    def __init__(
+        self, shape: tuple[int, ...] | None = None, fields: Fields | None = None, flip: bool = False, seed: int = 0
+    ) -> None:
+        self.shape, self.fields, self.flip, self.seed = shape, fields or Fields(), flip, seed
+        self.members = (LATENT_FIELD, *((MIRRORED_FIELD,) if flip else ()), *self.fields.caption_members)
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         name = LATENT_FIELD
@@ -189,18 +186,9 @@ class DecodeLatent:
         latent = read_npy(sample[name])
         if self.shape is not None and latent.shape != self.shape:
             raise SampleError("latent of another shape", f"latent of shape {latent.shape}, the first has {self.shape}")
-        return carry(sample) | {"latent": latent, "caption": caption_of(sample, choice(sample))}
+        return carry(sample) | {"latent": latent, "caption": self.fields.caption_of(sample)}
 
 
 def carry(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that are about the sample, not of it: __key__, __url__, __index__, __epoch__."""
     return {name: value for name, value in sample.items() if name.startswith("__")}
-
-
-def choice(sample: Mapping[str, Any]) -> float:
-    """Which of several captions: another one each epoch, the same for everyone who asks."""
-    return (
-        uniforms(0, "caption", sample.get("__epoch__", 0), sample.get("__index__", 0))[0]
-        if "txt" not in sample
-        else 0.0
-    )

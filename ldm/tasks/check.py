@@ -7,7 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.config import check as check_config
+from ldm.config import plain
 from ldm.data.check import check_dataset
+from ldm.data.fields import fields_of
 from ldm.data.shards import find_tars, splits
 from ldm.errors import ConfigError
 from ldm.training.run_directory import write_json
@@ -20,7 +22,7 @@ def check(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         raise ConfigError("task=check needs shards=PATH.")
     if not splits(Path(config.shards)):
         find_tars(config.shards)  # a path without tars is refused by name
-    report = check_dataset(config.shards)
+    report = check_dataset(config.shards, fields=fields_of(plain(config.data)))
     if config.output:
         Path(config.output).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output) / "report.json", report.as_dict())

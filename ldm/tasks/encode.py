@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.config import check, digest, plain
+from ldm.data.fields import fields_of
 from ldm.data.samples import sequential
 from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards, file_name, open_split, split_names
 from ldm.data.sources.item import Item, Reject
@@ -39,6 +40,7 @@ def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written:
     """Latents (their moments, float16) with their captions, and the autoencoder's checkpoint beside them.
 
+    A caption becomes .txt, whatever it was read from; a picture without one is a latent without one.
     With data.flip=true the mirrored pictures' latents too: a mirrored latent is not the mirrored picture's.
     """
     if not config["checkpoint"] or not config["shards"]:
@@ -47,8 +49,9 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
     autoencoder = parts.autoencoder.eval()
     autoencoder.latents.standardise(torch.zeros(1, len(autoencoder.latents.mean), 1, 1))  # refused when unmeasured
     fraction, flip = config["data"]["validation_fraction"], config["data"]["flip"]
-    names = split_names(config["shards"], fraction)
-    data = {name: open_split(config["shards"], name, fraction) for name in names}
+    fields = fields_of(config["data"])
+    names = split_names(config["shards"], fraction, fields)
+    data = {name: open_split(config["shards"], name, fraction, fields) for name in names}
     size = config["image_size"] or data["train"].facts.get("image_size") or trained["image_size"]
     identity = {
         "images": {name: shards.fingerprint for name, shards in data.items()},
@@ -76,7 +79,7 @@ def _items(
     def moments(images: torch.Tensor) -> np.ndarray:
         return autoencoder.encode(images).moments().half().numpy()
 
-    for batch, bad in sequential(shards, size, batch_size):
+    for batch, bad in sequential(shards, size, batch_size, fields=shards.reading.optional()):
         yield from (Reject(b.key, b.error.reason, str(b.error)) for b in bad)
         if batch:
             images = to_unit(batch["image"])
@@ -85,10 +88,11 @@ def _items(
                 yield _item(key, caption, {name: rows[i] for name, rows in latents.items()}, split)
 
 
-def _item(key: str, caption: str, latents: dict[str, np.ndarray], split: str) -> Item | Reject:
+def _item(key: str, caption: str | None, latents: dict[str, np.ndarray], split: str) -> Item | Reject:
     if not all(np.isfinite(latent).all() for latent in latents.values()):
         return Reject(key, "latent outside float16")
-    return Item({**{k: _npy(v) for k, v in latents.items()}, "txt": caption.encode()}, split, key=file_name(key))
+    text = {} if caption is None else {"txt": caption.encode()}
+    return Item({**{k: _npy(v) for k, v in latents.items()}, **text}, split, key=file_name(key))
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -14,7 +14,8 @@ from torchmetrics import Metric
 
 from ldm.build import build
 from ldm.config import check, digest, plain
-from ldm.data.captions import SampleError, caption_of
+from ldm.data.captions import SampleError
+from ldm.data.fields import Fields, fields_of
 from ldm.data.reader import IndexedShards
 from ldm.data.samples import sequential
 from ldm.data.shards import Shards, open_split, split_names
@@ -34,7 +35,6 @@ from ldm.training.run_directory import read_json, write_json
 from ldm.training.solvers import sampling_settings
 
 BATCH = 64
-TEXT = ("txt", "json")  # fields that hold captions
 UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
 
 
@@ -62,12 +62,15 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     shards = config["shards"] or trained.get("data", {}).get("shards")
     if shards and not _same(shards, trained.get("data", {}).get("shards")):
         asked["shards"] = str(Path(shards).resolve())
+    fields = fields_of(config["data"] if config["shards"] else trained.get("data", {}))
+    if fields.mark():
+        asked["fields"] = fields.mark()
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
     before = read_json(output / "evaluation.json")
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return before["metrics"], output
     metrics = _metrics(config["metric"])
-    images = _image_shards(shards)
+    images = _image_shards(shards, fields)
     size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
     result = _reconstruction(metrics, parts.for_sampling().autoencoder, images, size)
@@ -105,20 +108,24 @@ def _of(metrics: list[Metric], kind: type[Metric]) -> Any:
     return None
 
 
-def _image_shards(path: str | None) -> dict[str, Shards]:
+def _image_shards(path: str | None, fields: Fields) -> dict[str, Shards]:
     """Splits of the images behind a path: of the parent, where the path holds latents."""
     if not path or not Path(path).exists():
         raise ConfigError(f"the data are not at {path} any more: give shards=PATH of the images to compare with.")
-    first = open_split(path, "train")
+    first = open_split(path, "train", fields=fields)
     parent = Path(path) if first.kind == "image" else Path(first.facts.get("parent", ""))
     if not parent.is_dir():
         raise ConfigError(f"{path} holds latents, and their images are not at {parent} any more: give shards=PATH.")
-    return {name: open_split(parent, name) for name in dict.fromkeys([*split_names(parent), "val"])}
+    return {
+        name: open_split(parent, name, fields=fields)
+        for name in dict.fromkeys([*split_names(parent, fields=fields), "val"])
+    }
 
 
 def _pictures(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
     """Images in [-1, 1], in the order of the shards; those that cannot be read are left out."""
-    for batch, _ in sequential(shards, size, 256, positions=range(min(len(shards), limit or len(shards)))):
+    chosen = range(min(len(shards), limit or len(shards)))
+    for batch, _ in sequential(shards, size, 256, positions=chosen, fields=shards.reading.unread()):
         if batch:
             yield to_unit(batch["image"])
 
@@ -130,10 +137,10 @@ def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[st
         fraction = facts["held_out_fraction"]
         halves = {"seen": pairs_seen(fraction), "unseen": pairs_unseen(fraction)}
         return {half: draw_captions(pairs, n, seed) for half, pairs in halves.items() if pairs}
-    texts = []
-    for sample in IndexedShards(images["val"], range(min(n, len(images["val"]))), TEXT):
+    texts, reading = [], images["val"].reading.optional()
+    for sample in IndexedShards(images["val"], range(min(n, len(images["val"]))), reading.caption_members):
         with suppress(SampleError):
-            texts.append(caption_of(sample))
+            texts.append(reading.caption_of(sample) or "")
     return {"val": texts}
 
 

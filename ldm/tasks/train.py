@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.build import build
 from ldm.choices import drop_leftovers
 from ldm.config import check, nearest, plain
+from ldm.data.fields import fields_of
 from ldm.data.shards import open_split
 from ldm.errors import ConfigError
 from ldm.formats.run_config import file_of
@@ -25,7 +26,14 @@ from ldm.tasks.evaluate import evaluate_run
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
-from ldm.training.assemble import DIFFUSION_NODES, caption_templates, check_adapters, check_builds, refuse_unsaid
+from ldm.training.assemble import (
+    DIFFUSION_NODES,
+    caption_templates,
+    check_adapters,
+    check_builds,
+    reads_captions,
+    refuse_unsaid,
+)
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import folder_name, read_config, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
@@ -160,6 +168,7 @@ class Stages:
         check_builds(plain(self.configured(self.stages[-1])))
 
     def run(self) -> dict[str, float]:
+        self._require_captions()
         metrics: dict[str, float] = {}
         for stage in self.stages:
             started = time.time()
@@ -168,6 +177,13 @@ class Stages:
             metrics.update(getattr(self, stage)(values))
             self.made[stage]["seconds"] = round(time.time() - started, 1)
         return metrics
+
+    def _require_captions(self) -> None:
+        """What the last stage would miss is said before the first one trains."""
+        if self.config.shards and "diffusion" in self.stages:
+            values = plain(self.configured("diffusion"))
+            if reads_captions(values):
+                build(values["data"], "data").require_captions()
 
     def configured(self, stage: str) -> DictConfig:
         """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
@@ -218,7 +234,7 @@ class Stages:
         return {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
 
     def encode(self, values: dict[str, Any]) -> dict[str, float]:
-        if open_split(values["shards"], "train").kind == "latent":
+        if open_split(values["shards"], "train", fields=fields_of(values["data"])).kind == "latent":
             self.made["encode"] = {"path": values["shards"]}
             return {}
         with alone(values["outputs"], "encode"):

@@ -237,6 +237,16 @@ def caption_templates(config: Config) -> Templates | None:
     return one_caption(prompt) if prompt else build(templates, "templates")
 
 
+def reads_captions(config: Config) -> bool:
+    """Whether the data's own captions are read: not by an autoencoder, a model without text, or beneath templates."""
+    templates = caption_templates(config)
+    return (
+        config["module"] == "latent_diffusion"
+        and (config["text_encoder"] or {}).get("_target_") != "ldm.text.null.NullText"
+        and (templates is None or templates.needs_captions)
+    )
+
+
 def refuse_unsaid(word: str, captions: Iterable[str]) -> None:
     """ConfigError where no caption has the new word: its vectors would never see a gradient."""
     if not any(word.lower() in caption.lower() for caption in captions):

@@ -62,7 +62,7 @@ def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImag
             f"{config['image_size']}: leave class_shards= out (experiment=dreambooth makes them), or encode them again."
         )
     shards = shards.take(np.arange(min(len(shards), config["num_class_images"])), f"first {config['num_class_images']}")
-    batches = [batch for batch, _ in sequential(shards, size, 64) if batch]
+    batches = [batch for batch, _ in sequential(shards, size, 64, fields=shards.reading.optional()) if batch]
     moments = torch.cat([b["latent"] for b in batches]) if batches else torch.empty(0)
     captions = [caption or prompt for b in batches for caption in b["caption"]]
     return PriorImages(moments, captions, config["prior_weight"], shards.fingerprint)

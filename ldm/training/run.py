@@ -30,6 +30,7 @@ from ldm.training.assemble import (
     caption_templates,
     check_adapters,
     fill_parts,
+    reads_captions,
     refuse_unsaid,
     weight_seed,
 )
@@ -114,7 +115,10 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
 def _open_data(config: dict[str, Any]) -> ShardDataModule:
     """The datamodule; the image size where none was given is the one that prepare found out."""
     data = build(config["data"], "data")
+    data.captions_read = reads_captions(config)
     data.setup()
+    if data.captions_read:
+        data.require_captions()
     config["image_size"] = config["data"]["image_size"] = data.image_size
     if Path(config["shards"]).exists():  # a run is found again from any working directory
         config["shards"] = config["data"]["shards"] = str(Path(config["shards"]).resolve())
