@@ -98,9 +98,7 @@ def test_the_part_may_come_from_a_run_of_ours(whole, sd1_folder, theirs, tmp_pat
 
 def test_config_may_lack_the_part_too(whole, sd1_folder, tmp_path, small_is_published):
     save_file(without(whole, TEXT), tmp_path / "part.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"has no text encoder, and config=.*unet has none either: it holds"
-    ):
+    with pytest.raises(ConfigError, match=r"has no text encoder, and config=.*unet has none either: it holds"):
         open_any(tmp_path / "part.safetensors", config=sd1_folder / "unet")
     shutil.copytree(sd1_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ConfigError, match="holds no weights"):
