@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard."""
 
 
 class ConfigError(ValueError):
@@ -6,3 +6,7 @@ class ConfigError(ValueError):
 
     `ldm.run` prints it as one line without a traceback and exits with code 2; in a sweep the arm is marked refused.
     """
+
+
+class NotFinite(ConfigError):
+    """Numbers that are NaN or infinite where a picture or weights should be: the message says where they come from."""

@@ -12,6 +12,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.errors import NotFinite
+
 MARGIN = 4
 
 
@@ -27,6 +29,8 @@ def from_pil(image: Image.Image) -> Tensor:  # -> (C,H,W) in [-1, 1]
 
 
 def to_bytes(images: Tensor) -> np.ndarray:  # (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8
+    if bool(images.isnan().any()):
+        raise NotFinite("a picture holds NaN, which would be shown as black: the weights or latents behind it hold it.")
     pixels = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").numpy()
 

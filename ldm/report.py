@@ -62,7 +62,8 @@ def _scores(run: Path, stages: dict[str, Any]) -> str:
         low, high, chance = (metrics.get(f"{name}/{k}") for k in ("low", "high", "chance"))
         interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
         shown = f"{chance:.4f}" if chance is not None else ""
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td><td>{interval}</td><td>{shown}</td></tr>")
+        score = "not finite" if value is None else f"{value:.4f}"
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{score}</td><td>{interval}</td><td>{shown}</td></tr>")
     head = "<tr><th>score</th><th>value</th><th>95 % interval</th><th>chance</th></tr>"
     pictures = "".join(f"<h3>{p.stem}</h3>{_image(p)}" for p in sorted(folder.glob("*.png")))
     return f"<h2>Scores</h2><table>{head}{''.join(rows)}</table>{pictures}"

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.autoencoders.tiling import OVERLAP, TILE, tiled
@@ -20,7 +20,7 @@ from ldm.diffusion.guidance import ClassifierFree, Guider
 from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.samplers.solver import Solver, Step
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, NotFinite
 from ldm.models.inputs import inpainting_channels
 from ldm.pictures import Frame
 from ldm.text.encoder import TextEncoder
@@ -147,7 +147,29 @@ class Sampler:
         return torch.cat([tiled(self._pixels, s, Fraction(factor), TILE, OVERLAP) for s in raw.split(1)])
 
     def _pixels(self, z: Tensor) -> Tensor:
-        return self.autoencoder.decode(z).float().clamp(-1, 1)
+        pixels = self.autoencoder.decode(z).float()
+        if not bool(pixels.isfinite().all()):
+            raise NotFinite(f"the picture is not finite (NaN or infinite): {self._reason(z)}")
+        return pixels.clamp(-1, 1)
+
+    def _reason(self, z: Tensor) -> str:
+        """Which part is to blame for pixels that are not finite; z: the raw latents that were decoded."""
+        network = {"the network": self.denoiser.model} if isinstance(self.denoiser.model, nn.Module) else {}
+        parts = {"the text encoder": self.text_encoder, **network, "the autoencoder": self.autoencoder}
+        for called, module in parts.items():
+            wrong = [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
+            if wrong:
+                others = f" and {len(wrong) - 1} more of its tensors" if len(wrong) > 1 else ""
+                return (
+                    f"{called}'s weights hold NaN or infinities, in {wrong[0]}{others}. The file is damaged, or its "
+                    "training diverged: take another version or step of the checkpoint."
+                )
+        if bool(z.isfinite().all()):
+            return "the autoencoder's numbers grew beyond what float32 holds, on finite weights: take another one."
+        return (
+            "the sampler's latents grew beyond what float32 holds, and the weights are finite. Use a lower guidance=, "
+            "more num_steps= or another sampler=, and take off adapters of high weight."
+        )
 
     def _encode(self, image: Tensor, noise: Noise, tiling: bool) -> Tensor:  # (B,3,H,W) -> (B,C,h,w) standardised
         factor = self.autoencoder.factor

@@ -16,7 +16,7 @@ from ldm.formats.kinds import Kind
 from ldm.formats.match import architecture, carries, expected, match, settings
 from ldm.formats.open import float32, load
 from ldm.formats.plain_names import plain
-from ldm.formats.store import save_tensors
+from ldm.formats.store import cast, save_tensors
 from ldm.formats.whole import written_whole
 
 __all__ = ["DTYPES", "FORMATS", "PARTS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
@@ -100,7 +100,7 @@ def _write_compvis(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
         )
     with written_whole(path) as part:
         if path.suffix == ".ckpt":
-            stored = {k: _alone(v.detach().to("cpu", dtype).contiguous()) for k, v in tensors.items()}
+            stored = {k: _alone(cast(v, dtype, k).contiguous()) for k, v in tensors.items()}
             torch.save({"state_dict": stored} | ({} if step is None else {"global_step": step}), part)
         else:
             save_tensors(tensors, part, dtype, single_metadata.pack(checkpoint))

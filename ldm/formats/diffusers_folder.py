@@ -200,7 +200,7 @@ def _index(inpaints: bool, scheduler: str) -> dict[str, Any]:
 def _write_part(folder: Path, config: dict[str, Any], state: dict[str, Tensor], stem: str, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
-    save_tensors(state, folder / f"{stem}.safetensors", dtype, {"format": "pt"})
+    save_tensors(state, folder / f"{stem}.safetensors", dtype, {"format": "pt"}, f"{folder.name}: ")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.errors import NotFinite
+
 _CODES = {  # in the library's order
     torch.int64: "I64",
     torch.float64: "F64",
@@ -28,11 +30,13 @@ def save_tensors(
     path: Path,
     dtype: torch.dtype | None = None,  # of floating tensors; None: as they are
     metadata: Mapping[str, str] | None = None,
+    called: str = "",  # before names in messages
 ) -> None:
     """Writes the bytes that `safetensors.torch.save_file` writes; tensors may share memory or lie on a device.
 
     The layout: 8 bytes with the header's length, the header as JSON padded to 8 bytes, the numbers. Wide types stand
-    first, so that all are aligned. Metadata keep their order, which that function's do not.
+    first, so that all are aligned. Metadata keep their order, which that function's do not. NotFinite for numbers that
+    `dtype` cannot hold; with None they are written as they are.
     """
     kinds = {k: dtype if dtype is not None and v.is_floating_point() else v.dtype for k, v in tensors.items()}
     order = list(_CODES)
@@ -49,5 +53,23 @@ def save_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            tensor = tensors[name].detach()
+            tensor = (tensor.to("cpu") if dtype is None else cast(tensor, dtype, called + name)).contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor on the CPU, floating numbers in `dtype`. NotFinite where they are not finite, or not any more."""
+    found = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    if not found.is_floating_point() or bool(found.isfinite().all()):
+        return found
+    if not bool(tensor.isfinite().all()):
+        raise NotFinite(
+            f"{name} holds NaN or infinities: its training diverged, or its file is damaged. Take another version or "
+            "step of the checkpoint."
+        )
+    short = str(dtype).removeprefix("torch.")
+    raise NotFinite(
+        f"{name} reaches {tensor.abs().max().item():.3g}, and {short} holds {torch.finfo(dtype).max:.5g} at most: it "
+        "would be written as infinite. Use dtype=bfloat16 or dtype=float32."
+    )

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm.training.run_directory import in_json
+
 ROWS, TABLE = "results.jsonl", "results.csv"
 
 
@@ -17,6 +19,7 @@ def record(
     """Adds an arm's row and writes the table anew; arms that run side by side take turns. A repeated arm replaces."""
     sweep.mkdir(parents=True, exist_ok=True)
     row = {"overrides": overrides, "directory": directory, "state": state, "metrics": metrics, "message": message}
+    row = in_json(row)
     with (sweep / ROWS).open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(row) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
     before = read_json(output / "evaluation.json")
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
-        return before["metrics"], output
+        return {k: math.nan if v is None else v for k, v in before["metrics"].items()}, output
     metrics = _metrics(config["metric"])
     images = _image_shards(shards, fields)
     size = trained["image_size"]
@@ -87,7 +88,11 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
                 held_out = torch.cat(list(_pictures(images[split], size, asked["eval_images"])))
                 distances = _nearest(metrics, images, held_out, size)
                 result |= {f"held_out_{split}/nearest/{k}": v for k, v in distances.items()}
-    write_json(output / "evaluation.json", {"key": key, "checkpoint": str(folder), "asked": asked, "metrics": result})
+    strange = {k: v for k, v in result.items() if not math.isfinite(v)}
+    if strange:
+        print(f"not finite, and null in evaluation.json: {', '.join(f'{k} is {v}' for k, v in strange.items())}")
+    numbers = {"metrics": result | dict.fromkeys(strange)} | ({"not_finite": strange} if strange else {})
+    write_json(output / "evaluation.json", {"key": key, "checkpoint": str(folder), "asked": asked, **numbers})
     return result, output
 
 

@@ -16,6 +16,8 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
+log = logging.getLogger(__name__)
+
 
 class RunLogger(Logger):
     """One flushed JSON line a record in metrics.jsonl; every picture as images/step-N_key.png."""
@@ -24,6 +26,7 @@ class RunLogger(Logger):
         super().__init__()
         self.directory = directory
         self.images_per_step = images_per_step
+        self.not_finite: set[str] = set()  # scalars that were no numbers, and have been named
 
     @property
     def name(self) -> str:
@@ -41,6 +44,9 @@ class RunLogger(Logger):
         """The configuration is in config.yaml."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for key in [k for k, v in metrics.items() if not math.isfinite(v) and k not in self.not_finite]:
+            log.warning("%s is %s at step %s: null in %s. This is said once.", key, metrics[key], step, self.file)
+            self.not_finite.add(key)
         record = {"step": step, "images": (step or 0) * self.images_per_step, "time": time.time()}
         record.update({k: float(v) if math.isfinite(v) else None for k, v in metrics.items() if k != "epoch"})
         with self.file.open("a") as file:

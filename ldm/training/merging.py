@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ldm.adapters.content import Lora, LowRank
 from ldm.adapters.lora import LoRA
 from ldm.adapters.merging import add_difference, combined, extracted, weighted_sum, with_lora
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, NotFinite
 from ldm.formats import checkpoint as foreign
 from ldm.formats.adapters import read_adapter, write_adapter
 from ldm.formats.open import let_go
+from ldm.formats.store import cast
 from ldm.training.adapters import is_adapter, weight_names
 from ldm.training.agreement import check_agree
 from ldm.training.assemble import build_parts
@@ -87,16 +88,20 @@ def merge(
 def _merged(
     opened: Sequence[Stored], method: str, ratios: Sequence[float], loras: Sequence[Lora], dtype: str
 ) -> dict[str, State]:
-    """The output's tensors, of the stored type: merged one by one, or the first checkpoint's, still in its file."""
+    """The output's tensors, of the stored type: merged one by one, or the first checkpoint's, still in its file.
+
+    NotFinite for numbers that the type cannot hold, and for those that are not finite already, by tensor and input.
+    """
     kind = foreign.DTYPES[dtype]
     parts = _merged_parts(opened)
     states: dict[str, State] = {}
     for part, first in opened[0].states.items():
         names = {name for name in first if part in parts and not name.startswith("latents.")}  # in the first's units
-        states[part] = {name: tensor.to(kind) for name, tensor in first.items() if name not in names}
+        kept = {name: tensor for name, tensor in first.items() if name not in names}
+        states[part] = {name: _kept(tensor, kind, part, name) for name, tensor in kept.items()}
         if not names:
             continue
-        of_part = [{name: stored.states[part][name] for name in first if name in names} for stored in opened]
+        of_part = [_Finite(stored, part, [name for name in first if name in names]) for stored in opened]
         if method == "sum":
             named = weighted_sum(of_part, ratios)
         elif method == "add_difference":
@@ -105,9 +110,42 @@ def _merged(
         else:
             named = with_lora(of_part[0], part, loras, ratios)
         for name, tensor in named:
-            states[part][name] = tensor.to(kind)
-            _let_go(name, of_part)
+            states[part][name] = cast(_checked(tensor, f"{part}.{name}", ratios), kind, f"{part}.{name}")
+            _let_go(name, [stored.states[part] for stored in opened])
     return states
+
+
+def _kept(tensor: Tensor, kind: torch.dtype, part: str, name: str) -> Tensor:
+    """As it is stored; units that nobody has measured, and previews, are NaN."""
+    return tensor.to(kind) if name.startswith("latents.") else cast(tensor, kind, f"{part}.{name}")
+
+
+class _Finite(Mapping[str, Tensor]):
+    """A part of a checkpoint whose tensors are looked at as they are taken: NotFinite names the file and the tensor."""
+
+    def __init__(self, stored: Stored, part: str, names: Sequence[str]):
+        self.stored, self.part, self.names = stored, part, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.stored.states[self.part][name]
+        if not bool(tensor.isfinite().all()):
+            raise NotFinite(
+                f"{self.stored.folder} holds NaN or infinities in {self.part}.{name}, and so would the result: leave "
+                "it out, or take another version or step of it."
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _checked(tensor: Tensor, name: str, ratios: Sequence[float]) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise NotFinite(f"{name} would be infinite with ratios={list(ratios)}: give smaller ones.")
+    return tensor
 
 
 def _read_lora(path: str | Path, names: Sequence[str] | None = None) -> Lora:
@@ -251,9 +289,9 @@ def _extract(checkpoints: Sequence[str | Path], rank: int | None, weights: str, 
     found: dict[str, LowRank] = {}
     whole, carried, left, strays = 0.0, 0.0, 0.0, 0
     for part, maps in layers.items():
-        one, other = base.states[part], tuned.states[part]
+        one, other = (_Finite(stored, part, list(base.states[part])) for stored in opened)
         for name, difference in extracted(one, other, rank, maps):
-            _let_go(name, (one, other))
+            _let_go(name, [stored.states[part] for stored in opened])
             whole, carried = whole + difference.squared, carried + difference.carried
             if difference.update is not None:
                 found[f"{part}.{name.removesuffix('.weight')}"] = difference.update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """In one rename, so that a reader never sees half of it."""
+    """In one rename, so that a reader never sees half of it; numbers that JSON has not, as texts."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, default=str))
+    part.write_text(json.dumps(in_json(value), indent=1, default=str, allow_nan=False))
     os.replace(part, path)
+
+
+def in_json(value: Any) -> Any:
+    """Nested settings with "nan", "inf" and "-inf" for the numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {k: in_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunDirectory:
@@ -81,7 +91,7 @@ class RunDirectory:
         write_json(self.path / "status.json", {"state": state, "step": step, "time": time.time(), **more})
 
     def event(self, kind: str, **more: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": kind, **more}, default=str)
+        line = json.dumps(in_json({"time": time.time(), "event": kind, **more}), default=str)
         with (self.path / "events.jsonl").open("a") as file:
             file.write(line + "\n")
 
@@ -104,7 +114,7 @@ class RunDirectory:
         before = read_json(self.path / "run.json").get("identity")
         if before is None:
             return
-        changed = differences(before, json.loads(json.dumps(self.identity, default=str)))
+        changed = differences(in_json(before), json.loads(json.dumps(in_json(self.identity), default=str)))
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run of another configuration ({'; '.join(changed[:3])}): "

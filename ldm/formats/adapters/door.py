@@ -16,6 +16,7 @@ from ldm.formats.adapters import embedding, hypernetwork, lora, lora_write
 from ldm.formats.adapters.kind import AdapterKind, located, opened_as
 from ldm.formats.checkpoint import DTYPES
 from ldm.formats.open import load_nested
+from ldm.formats.store import cast
 from ldm.formats.whole import written_whole
 
 __all__ = ["FORMATS", "AdapterKind", "adapter_kind", "read_adapter", "write_adapter"]
@@ -84,12 +85,12 @@ def write_adapter(content: Content, path: str | Path, format: str, dtype: str = 
             save_file(stored, part, metadata={"format": "pt"} | metadata)
 
 
-def _stored(value: Any, dtype: torch.dtype) -> Any:
+def _stored(value: Any, dtype: torch.dtype, name: str = "the adapter") -> Any:
     """The same nested content with its tensors in `dtype`, in memory of their own; single numbers stay as they are."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", dtype if value.ndim else value.dtype).contiguous().clone()
+        return cast(value, dtype if value.ndim else value.dtype, name).contiguous().clone()
     if isinstance(value, dict):
-        return {k: _stored(v, dtype) for k, v in value.items()}
+        return {k: _stored(v, dtype, str(k)) for k, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(_stored(v, dtype) for v in value)
+        return tuple(_stored(v, dtype, name) for v in value)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
+from ldm.errors import NotFinite
 from ldm.pictures import film_strip, grid
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining, to_unit
@@ -17,6 +19,8 @@ from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.logging import log_picture
 from ldm.training.module import stepped
 from ldm.training.solvers import USUAL
+
+log = logging.getLogger(__name__)
 
 
 class _Pictures(L.Callback):
@@ -29,7 +33,10 @@ class _Pictures(L.Callback):
     ) -> None:
         step = trainer.global_step
         if stepped(trainer, batch_idx) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
-            self.draw(trainer, pl_module, step)
+            try:
+                self.draw(trainer, pl_module, step)
+            except NotFinite as error:  # the training goes on: its loss says whether it diverged
+                log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
 
     def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         raise NotImplementedError(f"{type(self).__name__} must draw something.")
