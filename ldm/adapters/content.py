@@ -50,11 +50,23 @@ class LowRank:
 
 
 @dataclass
+class Embedding:
+    """New words (Gal et al. 2023): `vectors` (n, width) stand in the prompt where `token` does, one behind the other.
+
+    token: what is typed in prompts; None where the file does not say and the caller must.
+    """
+
+    token: str | None
+    vectors: Tensor
+
+
+@dataclass
 class Lora:
-    """Low-rank updates by layer, and what their file says of itself."""
+    """Low-rank updates by layer, what their file says of itself, and the words that it bundles with them."""
 
     layers: dict[str, LowRank]
     metadata: dict[str, str] = field(default_factory=dict)
+    words: list[Embedding] = field(default_factory=list)  # each has its token
 
     def check_fits(self, weights: Mapping[str, Tensor], source: str) -> None:
         """ConfigError unless every layer is one of the base's. weights: by layer; the meta device will do."""
@@ -76,17 +88,6 @@ class Lora:
                 f"(first: {name}, {theirs} there, {ours} here). Stable Diffusion 1 reads text of 768 numbers a token, "
                 "2 of 1024: load the base that it was trained on."
             )
-
-
-@dataclass
-class Embedding:
-    """New words (Gal et al. 2023): `vectors` (n, width) stand in the prompt where `token` does, one behind the other.
-
-    token: what is typed in prompts; None where the file does not say and the caller must.
-    """
-
-    token: str | None
-    vectors: Tensor
 
 
 @dataclass

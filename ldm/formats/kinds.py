@@ -41,7 +41,7 @@ _ADAPTER = (
 # What names are tried for, in this order, and why such a file is not read as a checkpoint ("": it is).
 _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
     (
-        lambda k: (_LORA.fullmatch(k) and "lora" in k) or re.search(r"hada_w1|lokr_w1", k),
+        lambda k: (_LORA.fullmatch(k) and "lora" in k) or re.search(r"hada_w1|lokr_w1|^bundle_emb\.", k),
         "lora",
         f"a LoRA: it {_ADAPTER}",
     ),

@@ -34,8 +34,9 @@ def load_adapters(path: str | Path, parts: Parts, strength: float = 1.0, token: 
         if is_ours(path):
             _attach_of_run(path, parts, made)
         else:
-            made.append(adapter_of(read_adapter(path, weight_names(parts), token)))
-            made[0].attach(network, text_encoder)
+            for adapter in adapters_of(read_adapter(path, weight_names(parts), token)):
+                made.append(adapter)
+                adapter.attach(network, text_encoder)
         _set_strength(made, strength, path)
     except ConfigError:  # all or nothing
         for adapter in made:
@@ -59,13 +60,14 @@ def _set_strength(adapters: list[Adapter], strength: float, path: Path) -> None:
         )
 
 
-def adapter_of(content: Content) -> Adapter:
-    """The adapter that a file's content is, not attached yet."""
+def adapters_of(content: Content) -> list[Adapter]:
+    """The adapters that a file's content is, not attached yet: a LoRA brings the words that its file bundles."""
     if isinstance(content, Lora):
-        return LoRA.of(content)
+        words: list[Adapter] = [TextualInversion.of(word) for word in content.words]
+        return [LoRA.of(content), *words] if content.layers else words
     if isinstance(content, Embedding):
-        return TextualInversion.of(content)
-    return Hypernetwork.of(content)
+        return [TextualInversion.of(content)]
+    return [Hypernetwork.of(content)]
 
 
 def save_adapters(adapters: dict[str, Adapter], folder: Path, name: str) -> list[Path]:

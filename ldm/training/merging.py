@@ -150,8 +150,14 @@ def _checked(tensor: Tensor, name: str, ratios: Sequence[float]) -> Tensor:
 
 def _read_lora(path: str | Path, names: Sequence[str] | None = None) -> Lora:
     content = read_adapter(path, names)
-    if not isinstance(content, Lora):
+    if not isinstance(content, Lora) or not content.layers:
         raise ConfigError(f"{path} is no LoRA: embeddings and hypernetworks cannot be merged into weights.")
+    if content.words:
+        words = ", ".join(str(word.token) for word in content.words)
+        warnings.warn(
+            f"{path} bundles embeddings with its LoRA ({words}), which weights cannot hold: they are left out.",
+            stacklevel=4,
+        )
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,28 @@ def read_adapter(path: str | Path, names: Collection[str] | None = None, token: 
     path: a .safetensors, .pt or .bin file, a folder that diffusers or peft wrote, or a hub id of one.
     names: the base's weights ("unet.conv_in.weight"): what a LoRA changes must be among them, and the paths in which
     kohya's files keep no dots are found by them. None: Stable Diffusion's words stand in, and nothing is checked.
-    token: what an embedding is to be called; None: what its file says, else the file's name.
+    token: what an embedding is to be called, alone or the only one in a LoRA's file; None: what the file says, else the
+    file's name.
     """
     file = located(path)
     found, opened = opened_as(file)
+    if found == "lora":
+        return _renamed(lora.read(opened, names, file), token, path)
     if token is not None and found != "textual_inversion":
         raise ConfigError(f"token={token} names an embedding, and {path} is a {found}: leave it out.")
-    if found == "lora":
-        return lora.read(opened, names, file)
     if found == "textual_inversion":
         return embedding.read(load_nested(file), opened.metadata, token, file)
     return hypernetwork.read(load_nested(file), file)
+
+
+def _renamed(content: Lora, token: str | None, path: str | Path) -> Lora:
+    """With another word for the one embedding that the file bundles."""
+    if token is None:
+        return content
+    if len(content.words) != 1:
+        count = f"a lora with {len(content.words)} embeddings" if content.words else "a lora"
+        raise ConfigError(f"token={token} names an embedding, and {path} is {count}: leave it out.")
+    return replace(content, words=[replace(content.words[0], token=token)])
 
 
 def write_adapter(content: Content, path: str | Path, format: str, dtype: str = "float32") -> None:

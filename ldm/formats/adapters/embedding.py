@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,44 @@ _ANY = "*"  # A1111's name of whatever is trained
 def read(content: Mapping[Any, Any], metadata: Mapping[str, str], token: str | None, file: Path) -> Embedding:
     """One new word of a file, with its vectors as (n, width). ConfigError for damaged files and for several words."""
     said, found = _a1111(content, file) if "string_to_param" in content else _single(content, metadata, file)
-    vectors = read_weights(found, f"{file}: the embedding")
+    return Embedding(token or said or file.stem, _vectors(found, f"{file}: the embedding"))
+
+
+# An embedding inside a LoRA's file: its word, then any layout of an embedding, flattened.
+BUNDLED = "bundle_emb."
+_ENTRY = re.compile(
+    r"bundle_emb\.(?P<word>.+?)\.(?:(?P<vectors>string_to_param\.[^.]+|em[bp]_params|clip_l)|string_to_token\..*)"
+)
+
+
+def read_bundled(tensors: Mapping[str, Tensor], file: Path) -> list[Embedding]:
+    """The words in a LoRA's file, as A1111's page and OneTrainer bundle them, in the file's order."""
+    words: dict[str, Embedding] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(BUNDLED):
+            continue
+        entry = _ENTRY.fullmatch(key)
+        if entry is None:
+            raise ConfigError(f"{file} has {key}, which is no embedding of a kind that is read. Fetch it again.")
+        word = entry["word"]
+        if entry["vectors"] is None:
+            continue
+        if word in words:
+            raise ConfigError(f"{file} has the embedding {word} twice, in two spellings: which holds cannot be told.")
+        words[word] = Embedding(word, _vectors(tensor, f"{file}: the embedding {word}"))
+    return list(words.values())
+
+
+def pack_bundled(words: Iterable[Embedding]) -> dict[str, Tensor]:
+    """The same in A1111's layout, which all readers of bundles know."""
+    return {f"{BUNDLED}{word.token}.string_to_param.{_ANY}": word.vectors for word in words}
+
+
+def _vectors(found: Any, what: str) -> Tensor:
+    vectors = read_weights(found, what)
     if vectors.ndim not in (1, 2) or vectors.numel() == 0:
-        raise ConfigError(f"{file}: an embedding is (n, width), and this is {tuple(vectors.shape)}. Fetch it again.")
-    return Embedding(token or said or file.stem, vectors.reshape(-1, vectors.shape[-1]))
+        raise ConfigError(f"{what} is {tuple(vectors.shape)}, and vectors of words are (n, width). Fetch it again.")
+    return vectors.reshape(-1, vectors.shape[-1])
 
 
 def pack(content: Embedding, format: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -35,6 +35,7 @@ _UNREAD = [
         r"lora_te[123]_.*|text_encoder_[23]\..*lora.*",
         f"a LoRA for Stable Diffusion XL or another model of several text encoders: {_XL}",
     ),
+    (r"bundle_emb\..*\.(clip_g|t5.*)", f"a LoRA with embeddings for Stable Diffusion XL or another model: {_XL}"),
     (r"clip_[lg]", f"an embedding for Stable Diffusion XL: {_XL}"),
     (
         r"(?=.*lora)(lora_unet_|lora_|diffusion_model\.)?(transformer[_.](?!blocks_)|(double|single|joint)_blocks[_.]).*",

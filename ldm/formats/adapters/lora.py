@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.adapters.content import Lora, LowRank
 from ldm.errors import ConfigError
+from ldm.formats.adapters.embedding import BUNDLED, read_bundled
 from ldm.formats.adapters.layer_names import LayerNames
 from ldm.formats.adapters.peft_settings import KEY, PeftSettings
 from ldm.formats.adapters.tensors import read_weights
@@ -38,6 +39,8 @@ def read(opened: Opened, names: Collection[str] | None, file: Path) -> Lora:
     parts: dict[str, dict[str, Tensor]] = {}
     unknown, elsewhere = [], []
     for key in opened.names:
+        if key.startswith(BUNDLED):
+            continue
         entry = _ENTRY.fullmatch(key)
         if entry is None:
             unknown += [key] if key in opened.tensors else []
@@ -63,7 +66,8 @@ def read(opened: Opened, names: Collection[str] | None, file: Path) -> Lora:
             "the checkpoint that it was trained on."
         )
     found = {layer: _low_rank(tensors, settings, layer, file) for layer, tensors in parts.items()}
-    return Lora(found, {k: v for k, v in opened.metadata.items() if k not in (KEY, "format")})
+    metadata = {k: v for k, v in opened.metadata.items() if k not in (KEY, "format")}
+    return Lora(found, metadata, read_bundled(opened.tensors, file))
 
 
 def _low_rank(found: dict[str, Tensor], settings: PeftSettings, layer: str, file: Path) -> LowRank:

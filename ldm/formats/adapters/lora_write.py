@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.adapters.content import Lora
 from ldm.errors import ConfigError
+from ldm.formats.adapters.embedding import pack_bundled
 from ldm.formats.adapters.layer_names import PREFIXES
 from ldm.formats.adapters.peft_settings import KEY, described
 
@@ -36,6 +37,7 @@ def kohya(content: Lora, path: Path) -> Packed:
         tensors[f"{name}.alpha"] = _number(update.alpha)
         if update.magnitude is not None:
             tensors[f"{name}.dora_scale"] = update.magnitude.reshape(-1, *[1] * (update.down.ndim - 1))
+    tensors |= pack_bundled(content.words)
     said = {"ss_output_name": path.stem, "modelspec.title": path.stem} | _base(content) | content.metadata
     return tensors, said | _kohya_network(content)
 
@@ -43,6 +45,11 @@ def kohya(content: Lora, path: Path) -> Packed:
 def peft(content: Lora, path: Path) -> Packed:
     """peft's tensors in diffusers' names, and the alphas as diffusers keeps them: a JSON text in the metadata."""
     _check(content, "peft")
+    if content.words:
+        words = ", ".join(str(word.token) for word in content.words)
+        raise ConfigError(
+            f"format=peft cannot carry the embeddings that this LoRA bundles ({words}). Use format=kohya, which can."
+        )
     tensors: dict[str, Tensor] = {}
     settings: dict[str, object] = {}
     for part in PREFIXES:
@@ -64,7 +71,7 @@ def peft(content: Lora, path: Path) -> Packed:
 
 
 def _check(content: Lora, format: str) -> None:
-    if not content.layers:
+    if not content.layers and not content.words:
         raise ConfigError("a LoRA without layers is not written: nothing would be in its file.")
     strange = [layer for layer in content.layers if layer.split(".", 1)[0] not in PREFIXES]
     if strange:
