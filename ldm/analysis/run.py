@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from PIL import Image
 
+from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.training.run_directory import read_json
 from ldm.training.totals import TIME_BINS
@@ -43,7 +43,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        return read_allowed(self.path / "config.yaml")
 
     @property
     def status(self) -> dict[str, Any]:

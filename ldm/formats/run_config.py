@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.formats import known, schedulers
 from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.match import architecture, carries
-from ldm.untrusted import read_yaml
 
 
 def file_of(place: Path) -> Path | None:
@@ -24,8 +24,8 @@ def describe(file: Path) -> Described:
 
     ConfigError where it is no run's configuration, or of a model that single files do not hold.
     """
-    found = read_yaml(file)
-    if not isinstance(found.get("autoencoder"), dict):
+    found = read_allowed(file)
+    if not found.get("autoencoder"):
         raise ConfigError(f"config={file} has no autoencoder: give the config.yaml of a run, or a diffusers folder.")
     parts = PARTS if found.get("module", "latent_diffusion") == "latent_diffusion" else {"vae": "autoencoder"}
     nodes: dict[str, Any] = {}

@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from ldm.build import as_literal
 from ldm.config import check, plain
 from ldm.errors import ConfigError
 from ldm.formats.kinds import is_ours
 from ldm.models.inputs import inpainting_channels
-from ldm.training.assemble import DIFFUSION_NODES
-from ldm.training.checkpoints import find
+from ldm.training.checkpoints import DIFFUSION_NODES, find
 from ldm.training.loading import adopted
 from ldm.training.plan import Plan
 from ldm.training.plan import plan as make_plan
@@ -79,4 +79,4 @@ def _adopt(config: DictConfig) -> None:
         nodes["model"]["in_channels"] = inpainting_channels(nodes["model"].get("out_channels", 4))
     config.image_size = config.image_size or nodes["image_size"]
     for name in DIFFUSION_NODES:
-        config[name] = nodes[name]
+        config[name] = as_literal(nodes[name])

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.build import build
+from ldm.build import as_literal, build
 from ldm.choices import drop_leftovers
 from ldm.config import check, nearest, plain
 from ldm.data.fields import fields_of
@@ -27,7 +27,6 @@ from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
 from ldm.training.assemble import (
-    DIFFUSION_NODES,
     caption_templates,
     check_adapters,
     check_builds,
@@ -35,7 +34,7 @@ from ldm.training.assemble import (
     refuse_unsaid,
 )
 from ldm.training.callbacks.saving import Interrupted
-from ldm.training.checkpoints import folder_name, read_config, run_of
+from ldm.training.checkpoints import DIFFUSION_NODES, folder_name, read_config, run_of
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
@@ -95,7 +94,7 @@ def start_from_any_layout(config: DictConfig) -> None:
     if config.image_size is None:
         config.image_size = nodes["image_size"]
     for name in (*DIFFUSION_NODES, "scheduler_config"):
-        config[name] = nodes[name]
+        config[name] = as_literal(nodes[name])
 
 
 def _trained(config: DictConfig, values: dict[str, Any], arm: Path | None) -> Finished:
@@ -188,7 +187,7 @@ class Stages:
     def configured(self, stage: str) -> DictConfig:
         """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
         changes = self.config.stages[stage] or {}
-        merged = OmegaConf.merge(self.config, changes, self.found)
+        merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
         assert isinstance(merged, DictConfig)
         merged.stages = {}
         drop_leftovers(merged)

@@ -11,8 +11,7 @@ from ldm.config import locate
 from ldm.errors import ConfigError
 from ldm.formats.match import ASIDE, match
 from ldm.text.tokenizer import load_tokenizer
-from ldm.training.assemble import DIFFUSION_NODES
-from ldm.training.checkpoints import State
+from ldm.training.checkpoints import DIFFUSION_NODES, State
 from ldm.training.loading import Stored
 
 

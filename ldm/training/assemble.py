@@ -28,9 +28,6 @@ from ldm.training.randomness import Draws, seed_of
 from ldm.training.solvers import training_solver
 
 Config = Mapping[str, Any]
-# The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
-AUTOENCODER_NODES = ("autoencoder",)
-DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
 
 
 @dataclass

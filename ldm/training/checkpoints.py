@@ -20,13 +20,16 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.formats import torch_file
 from ldm.formats.open import load
 from ldm.formats.store import save_tensors
-from ldm.untrusted import read_json, read_yaml, whole
+from ldm.untrusted import read_json, shown, whole
 
 FORMAT = 1
+# The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
+DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
 State = dict[str, Tensor]
 
 
@@ -92,8 +95,16 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration that a checkpoint folder's modules are rebuilt from."""
-    return read_yaml(folder / "config.yaml")
+    """The configuration that a checkpoint folder's modules are rebuilt from, judged: it may be somebody else's."""
+    source = folder / "config.yaml"
+    config = read_allowed(source)
+    module = config.get("module")
+    if module not in ("autoencoder", "latent_diffusion"):
+        raise ConfigError(f"{source}: module is {shown(module)}, and it is autoencoder or latent_diffusion.")
+    missing = [k for k in (DIFFUSION_NODES if module == "latent_diffusion" else ("autoencoder",)) if not config.get(k)]
+    if missing:
+        raise ConfigError(f"{source} has no {missing[0]}, which module={module} is rebuilt from.")
+    return config
 
 
 def run_of(folder: Path) -> Path:

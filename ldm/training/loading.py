@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
+from ldm.allowed import only_allowed, refuse_nodes
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
 from ldm.training.adapters import merged_states
-from ldm.training.assemble import DIFFUSION_NODES, Parts, attach_adapters, build_parts, fill_parts
-from ldm.training.checkpoints import Content, State, find, load_parts, read_config, write
+from ldm.training.assemble import Parts, attach_adapters, build_parts, fill_parts
+from ldm.training.checkpoints import DIFFUSION_NODES, Content, State, find, load_parts, read_config, write
 from ldm.training.run_directory import alone
 
 FORMATS = ("ldm", *foreign.FORMATS)
@@ -63,8 +64,16 @@ def open_any(path: str | Path, weights: str = "ema", config: str | Path | None =
         _complete(checkpoint, path, config, weights)
     nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
     if checkpoint.scheduler_config is not None:
+        refuse_nodes(checkpoint.scheduler_config, path)
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
-    return Stored(checkpoint.states, nodes, path, checkpoint.scheduler_config, checkpoint.tokenizer, checkpoint.keep)
+    return Stored(
+        checkpoint.states,
+        only_allowed(nodes, path),
+        path,
+        checkpoint.scheduler_config,
+        checkpoint.tokenizer,
+        checkpoint.keep,
+    )
 
 
 _CALLED = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
