@@ -78,6 +78,7 @@ def kinds(folder: Path) -> dict[str, Any]:
         "hydra's own doors": {"model": {"_target_": "hydra.utils.get_method", "path": f"{MODULE}.X"}},
         "hydra's own, partial": {"model": {"_target_": "hydra.utils.instantiate", "_partial_": True, "f": command}},
         "positional arguments": {"model": {**unet, "_args_": [command]}},
+        "an option of no target": {"guider": {"interval": command}},
         "an adapter": {"adapter": {"lora": command}},
         "a class of another group": {"model": {"_target_": "ldm.autoencoders.kl.AutoencoderKL"}},
         "a class of another place": {"model": {**unet, "in_channels": unet}},
