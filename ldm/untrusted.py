@@ -51,6 +51,23 @@ def readable(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be read ({_reason(error)}).") from error
 
 
+@contextmanager
+def interpreted(what: str) -> Iterator[None]:
+    """Within the block names and shapes out of a file are taken for what they should be.
+
+    ConfigError, opened by `what`, where they are not: a damaged file fails in whatever way its content spells.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what} is not what it says ({type(error).__name__}: {shown(error, 120)}): it is damaged, or of a "
+            "kind that is not read. Fetch it again."
+        ) from error
+
+
 def read_bytes(path: Path, most: int = SETTINGS) -> bytes:
     """A file's content. ConfigError when it is no file, cannot be read, or is larger than `most`."""
     try:

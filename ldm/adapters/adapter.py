@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.adapters.content import Content
@@ -46,6 +46,13 @@ class Adapter(nn.Module):
         New tensors are such that the base gives what it gave before, bit for bit. ConfigError where it does not fit.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be attached.")
+
+    def check_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        """ConfigError, opened by `where`, unless its settings and its tensors in a file are of one size.
+
+        `attach` makes tensors as large as the settings say; those of somebody else may say anything.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be filled.")
 
     def detach(self) -> None:
         """The base gives again what it gave without it."""

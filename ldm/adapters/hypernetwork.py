@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ldm.adapters.adapter import Adapter
 from ldm.adapters.content import HypernetworkTensors
@@ -104,6 +105,20 @@ class Hypernetwork(Adapter):
             if str(layer.in_features) in self.networks:
                 part: Any = self.networks[str(layer.in_features)]
                 self._handles.append(layer.register_forward_pre_hook(partial(self._changed, part[kind])))
+
+    def check_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        widths = {name.split(".")[1] for name in state if name.startswith("networks.")}
+        for width in widths:
+            with torch.device("meta"):
+                wanted = (
+                    {k: v.shape for k, v in self._network(int(width)).state_dict().items()} if width.isdigit() else {}
+                )
+            for kind in "kv":
+                start = f"networks.{width}.{kind}."
+                if wanted != {k.removeprefix(start): v.shape for k, v in state.items() if k.startswith(start)}:
+                    raise ConfigError(f"{where} says structure={self.structure}, and its tensors are of other sizes.")
+        if self.widths is not None and widths != {str(width) for width in self.widths}:
+            raise ConfigError(f"{where} says widths={list(self.widths)[:3]}, and its tensors are of others.")
 
     def _changed(self, network: nn.Module, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         context = args[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -81,6 +82,13 @@ class LoRA(Adapter):
             _UPDATES.setdefault(layer, []).append(update)
             self._layers.append(layer)
             self._handles.append(layer.register_forward_hook(partial(self._changed, update)))
+
+    def check_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        ranks = {len(t) if t.ndim else 0 for name, t in state.items() if name.endswith(".down")}
+        if ranks != {self.rank}:
+            raise ConfigError(
+                f"{where} says rank={self.rank}, and its tensors have {sorted(ranks)[:3]}: it was edited."
+            )
 
     def detach(self) -> None:
         super().detach()

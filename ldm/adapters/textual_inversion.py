@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ class TextualInversion(Adapter):
                 f"the embedding {self.placeholder} is {self.vectors.shape[1]} numbers wide, this model's words are "
                 f"{rows.shape[1]} (Stable Diffusion 1: 768, 2: 1024): load the base that it was trained on."
             )
+        if len(self.vectors) > text_encoder.room:
+            raise ConfigError(
+                f"the embedding {self.placeholder} has {len(self.vectors)} vectors, and this model's prompts have "
+                f"{text_encoder.room} tokens: it cannot be said."
+            )
         text_encoder.add_word(self.placeholder, self.vectors)
         self._text_encoder = [text_encoder]
 
@@ -73,6 +78,11 @@ class TextualInversion(Adapter):
             )
         text_encoder.check_word(self.placeholder)
         return text_encoder
+
+    def check_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        counts = [len(t) if t.ndim == 2 else 0 for t in state.values()]
+        if counts != [self.num_vectors]:
+            raise ConfigError(f"{where} says num_vectors={self.num_vectors}, and its tensors have {counts[:3]}.")
 
     def detach(self) -> None:
         for text_encoder in self._text_encoder:

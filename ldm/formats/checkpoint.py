@@ -18,6 +18,8 @@ from ldm.formats.open import float32, load
 from ldm.formats.plain_names import plain
 from ldm.formats.store import cast, save_tensors
 from ldm.formats.whole import written_whole
+from ldm.untrusted import interpreted
+from ldm.untrusted import place as what_is_at
 
 __all__ = ["DTYPES", "FORMATS", "PARTS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
 
@@ -27,7 +29,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def kind(path: str | Path) -> Kind:
     """What a file, a folder or a hub id is, from what is in it. ConfigError where that cannot be had or is damaged."""
-    return kinds.of_path(_located(path))
+    with interpreted(f"{path}"):
+        return kinds.of_path(_located(path))
 
 
 def read(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
@@ -49,6 +52,11 @@ def read_stored(path: str | Path, config: str | Path | None = None, weights: str
     """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
+    with interpreted(f"{path}"):
+        return _read_stored(path, config, weights)
+
+
+def _read_stored(path: str | Path, config: str | Path | None, weights: str) -> Checkpoint:
     place = _located(path)
     if place.is_dir():
         if kinds.of_path(place) == "ldm":
@@ -169,7 +177,7 @@ def _check_compvis(checkpoint: Checkpoint, mid_attention: bool) -> None:
 def _located(path: str | Path) -> Path:
     """The path itself, or where the hub's copy of an id lies."""
     place = Path(path).expanduser()
-    if place.exists():
+    if what_is_at(place) != "nothing":
         return place
     if place.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or str(path).count("/") != 1 or place.is_absolute():
         raise ConfigError(f"checkpoint={path}: there is nothing at this path.")

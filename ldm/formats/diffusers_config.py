@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ldm.errors import ConfigError
+from ldm.formats.bounded import LEVELS
 from ldm.formats.content import Node
 from ldm.formats.match import AUTOENCODER, TEXT, UNET
+from ldm.untrusted import shown, whole
 
 Settings = Mapping[str, Any]
 # What our classes always do, in diffusers' words: anything else is another architecture.
@@ -67,8 +69,8 @@ def unet_node(config: Settings, where: str) -> Node:
     _check(config, _UNET_ALWAYS, where)
     attends = _flags(config, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", where)
     ups = _flags(config, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", where)
-    widths = list(config["block_out_channels"])
-    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    widths = _widths(config, attends, where)
+    middle = f"{config.get('mid_block_type', 'UNetMidBlock2DCrossAttn')}"
     if ups != attends[::-1] or middle not in _MIDDLES:
         raise _other(where, "up_block_types" if middle in _MIDDLES else "mid_block_type", "a mirror of the way down")
     return {
@@ -121,7 +123,7 @@ def vae_node(config: Settings, where: str) -> Node:
         "_target_": AUTOENCODER,
         "in_channels": config.get("in_channels", 3),
         "latent_channels": config.get("latent_channels", 4),
-        "block_channels": list(config["block_out_channels"]),
+        "block_channels": _widths(config, attends, where),
         "layers_per_block": config.get("layers_per_block", 1),
         "norm_groups": config.get("norm_num_groups", 32),
         "mid_attention": config.get("mid_block_add_attention", True),
@@ -155,6 +157,9 @@ def text_node(config: Settings, where: str) -> Node:
     _check(config, {}, where)
     twice = config.get("text_config_dict")
     config = config.get("text_config") or config
+    for key, said in (("text_config", config), ("text_config_dict", twice)):
+        if not isinstance(said, dict | None):
+            raise ConfigError(f"{where} says {key}={shown(said)}: settings belong there. Fetch it again.")
     said = _TEXT_DEFAULTS | dict(config) | ({} if twice is None else _TEXT_DEFAULTS | twice)  # as transformers reads it
     _check(said, _TEXT_ALWAYS, where)
     if isinstance(said["eos_token_id"], list):
@@ -204,8 +209,11 @@ def text_config(node: Settings, marks: Mapping[str, int | None]) -> dict[str, An
 
 def _heads(config: Settings, widths: list[int], where: str) -> dict[str, int | None]:
     """One number of heads, or one width of them, at all levels."""
-    given = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # the latter counts heads too
-    counts = [given] * len(widths) if isinstance(given, int) else list(given)
+    key = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"  # counts heads, too
+    given = config.get(key, 8)
+    counts = [whole(n, key, where) for n in (given if isinstance(given, list) else [given] * len(widths))]
+    if len(counts) != len(widths):
+        raise _other(where, key, "one number of heads a level", given)
     dims = {width / n for width, n in zip(widths, counts, strict=True)}
     if len(set(counts)) == 1:
         return {"head_dim": None, "num_heads": counts[0]}
@@ -214,19 +222,29 @@ def _heads(config: Settings, widths: list[int], where: str) -> dict[str, int | N
     raise _other(where, "attention_head_dim", "one number of heads, or heads of one width, at all levels")
 
 
+def _widths(config: Settings, levels: list[bool], where: str) -> list[int]:
+    found = config.get("block_out_channels")
+    if not isinstance(found, list) or len(found) != len(levels):
+        raise ConfigError(
+            f"{where} says block_out_channels={shown(found)}: a width for each of {len(levels)} levels belongs there. "
+            "Fetch it again."
+        )
+    return [whole(width, "block_out_channels", where) for width in found]
+
+
 def _flags(config: Settings, key: str, plain: str, attending: str, where: str) -> list[bool]:
-    found = list(config.get(key) or [])
-    if any(block not in (plain, attending) for block in found) or not found:
+    found = config.get(key)
+    known = isinstance(found, list) and all(block in (plain, attending) for block in found)
+    if not isinstance(found, list) or not known or not 1 <= len(found) <= LEVELS:
         raise _other(where, key, f"{plain} and {attending}")
     return [block == attending for block in found]
 
 
-def _one(value: int | Sequence[int] | None, key: str, where: str) -> int | None:
-    if not isinstance(value, Sequence):
-        return value
-    if len(set(value)) != 1:
+def _one(value: Any, key: str, where: str) -> int | None:
+    values = value if isinstance(value, list) and value else [value]
+    if any(one != values[0] for one in values):
         raise _other(where, key, "one value for all levels")
-    return value[0]
+    return None if values[0] is None else whole(values[0], key, where)
 
 
 def _check(config: Settings, always: Settings, where: str) -> None:
@@ -236,7 +254,7 @@ def _check(config: Settings, always: Settings, where: str) -> None:
 
 
 def _other(where: str, key: str, ours: str, theirs: Any = None) -> ConfigError:
-    said = key if theirs is None else f"{key}={theirs}"
+    said = key if theirs is None else f"{key}={shown(theirs)}"
     return ConfigError(
         f"{where} says {said}, which ldm's models do not have (they have {ours}): it is of another architecture. "
         "Stable Diffusion 1 and 2, and models of their structure in other sizes, are read."

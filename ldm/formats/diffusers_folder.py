@@ -22,7 +22,7 @@ from ldm.formats.plain_names import unwrapped
 from ldm.formats.store import save_tensors
 from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
-from ldm.untrusted import read_json
+from ldm.untrusted import number, read_json, shown, whole
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -51,10 +51,11 @@ def describe(folder: Path) -> Described:
     found = read_json(index)
     surplus = sorted(k for k, v in found.items() if _is_model(v) and k not in (*_CLASSES, *_PASSED_OVER))
     for part, classes in _CLASSES.items():
-        kind = (found.get(part) or [None, None])[1]
+        kind = found[part][1] if _is_model(found.get(part)) else None
         if kind not in classes or surplus:
+            other = shown(", ".join(surplus) or f"{part}={shown(kind)}")
             raise ConfigError(
-                f"{folder} is a {found.get('_class_name')} with {', '.join(surplus) or f'{part}={kind}'}: ldm reads "
+                f"{folder} is a {shown(found.get('_class_name'))} with {other}: ldm reads "
                 "pipelines of one U-Net, one KL autoencoder and one CLIP text encoder (Stable Diffusion 1 and 2)."
             )
     schedule, words = folder / "scheduler/scheduler_config.json", folder / "tokenizer"
@@ -74,14 +75,20 @@ def _is_model(entry: Any) -> bool:
 
 def _described(folders: dict[str, Path], schedule: dict[str, Any] | None, words: Path | None) -> Described:
     configs = {part: read_json(folder / "config.json") for part, folder in folders.items()}
-    nodes: dict[str, Any] = {PARTS[p]: _NODES[p](c, f"{folders[p] / 'config.json'}") for p, c in configs.items()}
+    where = {part: f"{folder / 'config.json'}" for part, folder in folders.items()}
+    nodes: dict[str, Any] = {PARTS[p]: _NODES[p](c, where[p]) for p, c in configs.items()}
     vae = configs.get("vae", {})
     if "unet" in configs and "vae" in configs:
         pixels = 2 ** (len(nodes["autoencoder"]["block_channels"]) - 1)
         side = configs["unet"].get("sample_size")
-        nodes["image_size"] = pixels * side if isinstance(side, int) else _IMAGE_SIZE
-    scaling = vae.get("scaling_factor", SCALING) if vae else None
-    return Described(Checkpoint(nodes, {}, schedule, words), scaling, vae.get("shift_factor"))
+        nodes["image_size"] = (
+            _IMAGE_SIZE if side is None else pixels * whole(side, "sample_size", where["unet"], 1, 2048)
+        )
+    scaling = fold.checked(vae.get("scaling_factor", SCALING), where["vae"]) if vae else None
+    shift = vae.get("shift_factor")
+    if shift is not None:
+        number(shift, "shift_factor", where["vae"], -1e6, 1e6)
+    return Described(Checkpoint(nodes, {}, schedule, words), scaling, shift)
 
 
 def read(folder: Path, weights: str) -> Checkpoint:
@@ -98,7 +105,7 @@ def read(folder: Path, weights: str) -> Checkpoint:
 
 def fit(part: str, tensors: State, node: Node, described: Described, source: str) -> State:
     """diffusers' and transformers' tensors of a part -> the state that fills the node, checked against it."""
-    wanted = expected(node)
+    wanted = expected(node, f"{source}/config.json")
     if part == "text_encoder":
         tensors = text_keys.from_transformers(tensors)
     if part == "vae":
@@ -130,10 +137,15 @@ def weights_file(folder: Path, part: str, weights: str = "ema") -> Path | None:
 
 
 def _shards(index: Path) -> State:
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    said = read_json(index).get("weight_map")
+    if not isinstance(said, dict) or not said or not all(isinstance(name, str) for name in said.values()):
+        raise ConfigError(f"{index} has no weight_map from tensors to files: it was edited. Fetch it again.")
+    names = sorted(set(said.values()))
     tensors: State = {}
     for name in names:
-        file = index.parent / Path(name).name  # never outside the folder
+        file = index.parent / name
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ConfigError(f"{index} names {shown(name)}, which is not in its own folder. Do not use it.")
         if not file.is_file():
             raise ConfigError(f"{file} is missing, one of {len(names)} shards. Fetch the whole folder.")
         tensors |= load(file).tensors

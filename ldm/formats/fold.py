@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats.content import State
+from ldm.untrusted import number
+
+
+def checked(scaling: Any, where: str) -> float:
+    """A scaling factor that latents can be divided by. ConfigError, opened by `where`, for anything else."""
+    return number(scaling, "scaling_factor", where, 1e-6, 1e6)
 
 
 def units(wanted: State, scaling: float | None, shift: float | None) -> State:

@@ -103,8 +103,9 @@ def of_names(names: Iterable[str]) -> tuple[Kind, str]:
 
 def part_of(config: Mapping[str, Any]) -> Kind | None:
     """Which part a config.json of diffusers or transformers describes; of a whole CLIP the text half is read."""
-    names = [config.get("_class_name"), *(config.get("architectures") or [])]
-    return next((_FOLDERS[name] for name in names if name in _FOLDERS), None)
+    said = config.get("architectures")
+    names = [config.get("_class_name"), *(said if isinstance(said, list) else [])]
+    return next((_FOLDERS[name] for name in names if isinstance(name, str) and name in _FOLDERS), None)
 
 
 def is_ours(path: Path) -> bool:

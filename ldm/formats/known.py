@@ -63,6 +63,8 @@ def table(betas: Tensor | None) -> dict[str, Any]:
     """
     if betas is None:
         return {}
+    if betas.ndim != 1 or not 2 <= len(betas) <= 10**6 or not betas.isfinite().all():
+        raise ConfigError(f"the file's own noise table is {tuple(betas.shape)}, or not finite: fetch it again.")
     values = betas.double()
     first, last, steps = float(values[0]), float(values[-1]), len(values)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

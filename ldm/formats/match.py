@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
+from ldm.formats import bounded
 from ldm.formats.content import Node, State
 from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
@@ -33,17 +34,25 @@ ASIDE = ("pretrained", "tokenizer", "checkpoint", "attention_dropout", "projecti
 TARGETS = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT}
 
 
-def expected(node: Node) -> State:
-    """The state that fills what a node describes: names and shapes, on the meta device."""
-    return dict(_expected(json.dumps(node)))
+def expected(node: Node, where: str = "the model") -> State:
+    """The state that fills what a node describes: names and shapes, on the meta device.
+
+    ConfigError, opened by `where`, for nodes that nothing can be built from.
+    """
+    try:
+        return dict(_expected(json.dumps(node)))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 @lru_cache(maxsize=16)  # a U-Net takes a third of a second to build even on meta, and reading and writing both look
 def _expected(node: str) -> State:
-    arguments = json.loads(node)
-    kind = CLASSES[arguments["_target_"]]
-    with torch.device("meta"):
-        return kind(**{k: v for k, v in arguments.items() if not (k.startswith("_") and k.endswith("_"))}).state_dict()
+    said = json.loads(node)
+    kind = CLASSES[said["_target_"]]
+    arguments = {k: v for k, v in said.items() if not (k.startswith("_") and k.endswith("_"))}
+    bounded.check_arguments(kind, arguments, "its configuration")
+    with bounded.building("its configuration"):
+        return kind(**arguments).state_dict()
 
 
 def settings(node: Node, part: str) -> dict[str, Any]:

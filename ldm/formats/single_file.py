@@ -74,11 +74,13 @@ def add_vae(
     found = sizes.autoencoder(ours)
     key = (tuple(found["block_channels"]), found["latent_channels"])
     node = _complete(found, known.AUTOENCODERS.get(key), given, "vae", source)
-    wanted = expected(node)
+    wanted = expected(node, f"{source}")
     stable_diffusion = key == (known.AUTOENCODER, 4) and node["_target_"] != VQ
     scaling, shift = (given.scaling, given.shift) if given else (known.SCALING if stable_diffusion else None, None)
     if scale_factor is not None:
-        scaling = float(scale_factor)
+        if scale_factor.numel() != 1:
+            raise ConfigError(f"{source}: its scale_factor is {tuple(scale_factor.shape)}, not one number.")
+        scaling = fold.checked(float(scale_factor), f"{source}")
     state = ours | fold.units(wanted, scaling, shift)
     checkpoint.states["vae"] = filled(state, wanted, f"{source} (autoencoder)")
     checkpoint.config["autoencoder"] = node
@@ -103,7 +105,7 @@ def _read_unet(checkpoint: Checkpoint, theirs: State, source: Path, given: Descr
     found = sizes.unet(theirs)
     key = (tuple(found["block_channels"]), found["cross_attention_dim"])
     node = _complete(found, known.UNETS.get(key), given, "unet", source)
-    wanted = expected(node)
+    wanted = expected(node, f"{source}")
     inverse = {name: ours for ours, name in unet_keys.compvis_names(wanted).items()}
     state = {inverse.get(name, unet_keys.PREFIX + name): tensor for name, tensor in theirs.items()}
     checkpoint.states["unet"] = filled(state, wanted, f"{source} (U-Net)")
@@ -119,7 +121,7 @@ def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Pat
             f"{source} has {'OpenCLIP' if openclip else 'CLIP'}'s text encoder, but config= is of a model with the "
             "other. Give the diffusers folder of the same model."
         )
-    wanted = expected(node)
+    wanted = expected(node, f"{source}")
     checkpoint.states["text_encoder"] = filled(state, wanted, f"{source} (text encoder)")
     checkpoint.config["text_encoder"] = node
 

@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.formats import known, single_file
+from ldm.formats import fold, known, single_file
 from ldm.formats.content import PARTS, Checkpoint
 from ldm.formats.diffusers_folder import Described
 from ldm.formats.match import carries
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
+from ldm.untrusted import parse_json, shown, whole
 
 CONFIG, SCHEDULER, WORDS = "ldm.config", "ldm.scheduler_config", "ldm.tokenizer"
 KEYS = (*PARTS.values(), "image_size")
@@ -54,23 +55,31 @@ def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
     if CONFIG not in metadata:
         return None
     try:
-        config: dict[str, Any] = {k: v for k, v in json.loads(metadata[CONFIG]).items() if k in KEYS}
-        schedule = json.loads(metadata[SCHEDULER]) if SCHEDULER in metadata else None
-        words: dict[str, str] = json.loads(metadata[WORDS]) if WORDS in metadata else {}
-        scaling = float(metadata["ldm.scaling_factor"]) if "ldm.scaling_factor" in metadata else None
+        said, schedule, words = (
+            parse_json(metadata[key], f"{source}: its {key}") if key in metadata else None
+            for key in (CONFIG, SCHEDULER, WORDS)
+        )
+        config: dict[str, Any] = {k: v for k, v in (said or {}).items() if k in KEYS}
+        scaling = None
+        if "ldm.scaling_factor" in metadata:
+            scaling = fold.checked(float(metadata["ldm.scaling_factor"]), f"{source}")
+        if "image_size" in config:
+            whole(config["image_size"], "image_size", f"{source}", most=2**14)
         strange = [key for part, key in PARTS.items() if key in config and not carries(config[key], part, vq=True)]
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{source}: its metadata of ldm's cannot be read ({error!r}). Fetch the file again."
+            f"{source}: its metadata of ldm's cannot be read ({shown(repr(error), 120)}). Fetch the file again."
         ) from error
     if strange:
         raise ConfigError(
-            f"{source}: its metadata name {config[strange[0]]}, which no file of ldm's says. Do not use it."
+            f"{source}: its metadata name {shown(config[strange[0]], 100)}, which no file of ldm's says. Do not use it."
         )
     checkpoint = Checkpoint(config, {}, schedule)
     if words:
         folder = TemporaryDirectory(prefix="ldm-tokenizer-")
         for name in _WORD_FILES:
-            (Path(folder.name) / name).write_text(words.get(name, "{}"), encoding="utf-8")
+            (Path(folder.name) / name).write_text(str(words.get(name, "{}")), encoding="utf-8")
         checkpoint.tokenizer, checkpoint.keep = Path(folder.name), [folder]
     return Described(checkpoint, scaling)

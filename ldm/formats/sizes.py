@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -34,7 +35,7 @@ def unet(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             break
     projection = _first(theirs, ".proj_in.weight")
     context = _first(theirs, ".attn2.to_k.weight")
-    depths = [int(k.split(".transformer_blocks.")[1].split(".")[0]) for k in theirs if ".transformer_blocks." in k]
+    depths = _numbers(r".*\.transformer_blocks\.(\d{1,4})\..*", theirs)
     return {
         "in_channels": theirs["input_blocks.0.0.weight"].shape[1],
         "out_channels": theirs["out.2.weight"].shape[0],
@@ -78,7 +79,7 @@ def text_encoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of a CLIP text model in our names. ConfigError where they are not one's."""
     words, places = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
     _require(ours, {words: 2, places: 2}, "text encoder")
-    layers = {int(k.split(".")[3]) for k in ours if k.startswith("text_model.encoder.layers.")}
+    layers = _numbers(r"text_model\.encoder\.layers\.(\d{1,4})\..*", ours)
     vocab_size, width = ours[words].shape
     inside = {tensor.shape[0] for k, tensor in ours.items() if k.endswith(".mlp.fc1.weight")} - {4 * width}
     return {
@@ -88,6 +89,11 @@ def text_encoder(ours: Mapping[str, Tensor]) -> dict[str, Any]:
         "layers": 1 + max(layers, default=-1),
         **({"feed_forward": max(inside)} if inside else {}),
     }
+
+
+def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
+    """The numbers in names; longer ones than any network's are left to whom they are unknown tensors."""
+    return [int(found[1]) for name in names if (found := re.fullmatch(pattern, name, re.DOTALL))]
 
 
 def _first(tensors: Mapping[str, Tensor], end: str) -> Tensor | None:

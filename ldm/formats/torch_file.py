@@ -41,12 +41,12 @@ def _of_zip(path: Path, file: IO[bytes]) -> Any:
     programs = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(programs) != 1:
         raise Damaged("a zip archive, but not of torch's")
-    start, size = _place(file, entries[programs[0]])
+    start, size = _span(file, entries[programs[0]])
     if size > PROGRAM:
         raise Damaged(f"{size} bytes beside the tensors")
     folder = programs[0].removesuffix("data.pkl")
     order = entries.get(folder + "byteorder")
-    if order is not None and _content(file, *_place(file, order)) != b"little":
+    if order is not None and _content(file, *_span(file, order)) != b"little":
         raise Damaged("its numbers are big-endian")
     machine = Machine(path)
     content = machine.run(io.BytesIO(_content(file, start, size)))
@@ -54,7 +54,7 @@ def _of_zip(path: Path, file: IO[bytes]) -> Any:
     for key in {storage.key for _, storage, *_ in machine.tensors}:
         if (entry := entries.get(f"{folder}data/{key}")) is None:
             raise Damaged(f"the numbers {shown(key)} are missing")
-        places[key] = _place(file, entry)
+        places[key] = _span(file, entry)
     machine.fill(places)
     return content
 
@@ -74,7 +74,7 @@ def _check_directory(file: IO[bytes]) -> None:
         raise Damaged(f"a table of contents of {length} bytes")
 
 
-def _place(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
+def _span(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Where an entry's bytes begin, and how many there are, all inside the file."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise Damaged("its entries are compressed, as torch's never are")

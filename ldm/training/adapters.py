@@ -16,6 +16,7 @@ from ldm.formats.adapters import adapter_kind, read_adapter, write_adapter
 from ldm.formats.kinds import is_ours
 from ldm.training.assemble import Parts, fill, load_trained
 from ldm.training.checkpoints import State, find, load_parts, read_config
+from ldm.untrusted import place as what_is_at
 
 # Those of checkpoints that adapters share are not among them: "diffusers" is a folder where a model is meant.
 ADAPTER_FORMATS = ("kohya", "peft", "a1111")
@@ -88,9 +89,9 @@ def save_adapters(adapters: dict[str, Adapter], folder: Path, name: str) -> list
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is an adapter's own file or folder, in anybody's layout; False for what cannot be read."""
     place = Path(path).expanduser()
-    if is_ours(place) or not place.exists():
-        return False
     try:
+        if what_is_at(place) == "nothing" or is_ours(place):
+            return False
         adapter_kind(place)
     except ConfigError:
         return False
@@ -138,7 +139,10 @@ def _attach_of_run(path: Path, parts: Parts, made: list[Adapter]) -> None:
     assert parts.text_encoder is not None
     states = load_parts(folder, only=list(nodes))
     for name, node in nodes.items():
+        if name not in states:
+            raise ConfigError(f"{folder} describes an adapter {name} and holds no tensors of it: fetch the whole run.")
         made.append(build(node, f"adapter.{name}"))
+        made[-1].check_state(states[name], f"{folder}: its adapter {name}")
         made[-1].attach(parts.network, parts.text_encoder)
         fill(made[-1], states[name], name, folder)
 

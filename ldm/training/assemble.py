@@ -16,6 +16,7 @@ from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
+from ldm.formats import bounded
 from ldm.models.inputs import inpainting_channels
 from ldm.text.encoder import TextEncoder
 from ldm.text.templates import Templates, one_caption
@@ -26,6 +27,7 @@ from ldm.training.module import Recipe, TrainedModule
 from ldm.training.prior import PriorImages
 from ldm.training.randomness import Draws, seed_of
 from ldm.training.solvers import training_solver
+from ldm.untrusted import whole
 
 Config = Mapping[str, Any]
 
@@ -106,6 +108,11 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
 
 def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
     """Loads one part strictly; a mismatch is one line with the first names."""
+    _check_fill(module, state, part, source)
+    module.load_state_dict(state)
+
+
+def _check_fill(module: nn.Module, state: State, part: str, source: Path) -> None:
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -116,7 +123,24 @@ def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
             f"{len(unknown)} unknown, {len(shapes)} of another shape (first: {k}). "
             "Give the checkpoint of a model of the same size, or the same model=, autoencoder= and text_encoder=."
         )
-    module.load_state_dict(state)
+
+
+def check_stored(config: Config, states: Mapping[str, State], source: Path) -> None:
+    """ConfigError where a checkpoint's tensors do not fill what its configuration describes, before memory is taken."""
+    where = f"{source}: its configuration"
+    for key in ("model", "autoencoder", "text_encoder"):
+        bounded.check_numbers(config.get(key), where)
+    if config.get("image_size") is not None:
+        whole(config["image_size"], "image_size", where, most=2**14)
+    with bounded.building(where):
+        modules = build_parts(config, device="meta").modules()
+    missing = sorted(modules.keys() - states.keys())
+    if missing:
+        raise ConfigError(
+            f"{source} describes {', '.join(missing)} and holds no tensors of it: fetch the whole of it again."
+        )
+    for part, module in modules.items():
+        _check_fill(module, _widened(states[part], module) if part == "unet" else states[part], part, source)
 
 
 def check_adapters(config: Config, saved: Config, source: Path | str | None) -> None:
@@ -163,6 +187,8 @@ def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], s
         )
     for name, node in nodes.items():
         adapter = build(node, f"adapter.{name}")
+        if name in states:
+            adapter.check_state(states[name], f"{source or name}: its adapter {name}")
         adapter.attach(parts.network, parts.text_encoder)
         if name in states:
             fill(adapter, states[name], name, source or Path(name))
@@ -187,8 +213,9 @@ def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Parts, d
     folder = find(checkpoint)
     config = read_config(folder)
     tokenizer = folder / "tokenizer"
-    parts = build_parts(config, tokenizer if tokenizer.is_dir() else None)
     states = load_parts(folder, weights)
+    check_stored(config, states, folder)
+    parts = build_parts(config, tokenizer if tokenizer.is_dir() else None)
     fill_parts(parts, states, folder)
     attach_adapters(config, parts, states, folder)
     return parts, config, folder

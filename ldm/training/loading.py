@@ -17,7 +17,7 @@ from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
 from ldm.training.adapters import merged_states
-from ldm.training.assemble import Parts, attach_adapters, build_parts, fill_parts
+from ldm.training.assemble import Parts, attach_adapters, build_parts, check_stored, fill_parts
 from ldm.training.checkpoints import DIFFUSION_NODES, Content, State, find, load_parts, read_config, write
 from ldm.training.run_directory import alone
 
@@ -58,7 +58,9 @@ def open_any(path: str | Path, weights: str = "ema", config: str | Path | None =
         folder = find(path)
         saved, words = read_config(folder), folder / "tokenizer"
         tokenizer = words if words.is_dir() else None
-        return Stored(load_parts(folder, weights), saved, folder, saved.get("scheduler_config"), tokenizer)
+        states = load_parts(folder, weights)
+        check_stored(saved, states, folder)
+        return Stored(states, saved, folder, saved.get("scheduler_config"), tokenizer)
     checkpoint = foreign.read_stored(path, config, weights)
     if whole and set(checkpoint.states) != {"vae"}:
         _complete(checkpoint, path, config, weights)
@@ -149,6 +151,7 @@ def adopted(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"checkpoint={folder} is no latent diffusion model (it has no {missing[0]}): adopt=true needs a whole one."
         )
+    check_stored(saved, load_parts(folder), folder)
     nodes = {k: dict(saved[k]) for k in DIFFUSION_NODES}
     for node in nodes.values():
         if "pretrained" in node:

@@ -55,7 +55,8 @@ def load_autoencoder(autoencoder: Autoencoder, name: str) -> None:
     else:
         source = _autoencoder_folder(name)
         config = read_json(source / "config.json")
-        units = fold.units(own, config.get("scaling_factor", SCALING), config.get("shift_factor"))
+        scaling = fold.checked(config.get("scaling_factor", SCALING), f"{source / 'config.json'}")
+        units = fold.units(own, scaling, config.get("shift_factor"))
         state = vae_keys.from_diffusers(load_part(source, "vae")) | units
     fill(autoencoder, {k: float32(v) for k, v in state.items()}, "diffusion_pytorch_model", source)
 

@@ -19,6 +19,7 @@ from ldm.formats.checkpoint import DTYPES
 from ldm.formats.open import load_nested
 from ldm.formats.store import cast
 from ldm.formats.whole import written_whole
+from ldm.untrusted import interpreted
 
 __all__ = ["FORMATS", "AdapterKind", "adapter_kind", "read_adapter", "write_adapter"]
 
@@ -32,7 +33,8 @@ FORMATS: dict[type, tuple[str, dict[str, str]]] = {
 
 def adapter_kind(path: str | Path) -> AdapterKind:
     """What an adapter's file or folder is, from what is in it. ConfigError for anything that is not read here."""
-    return opened_as(located(path))[0]
+    with interpreted(f"{path}"):
+        return opened_as(located(path))[0]
 
 
 def read_adapter(path: str | Path, names: Collection[str] | None = None, token: str | None = None) -> Content:
@@ -44,6 +46,11 @@ def read_adapter(path: str | Path, names: Collection[str] | None = None, token: 
     token: what an embedding is to be called, alone or the only one in a LoRA's file; None: what the file says, else the
     file's name.
     """
+    with interpreted(f"{path}"):
+        return _read(path, names, token)
+
+
+def _read(path: str | Path, names: Collection[str] | None, token: str | None) -> Content:
     file = located(path)
     found, opened = opened_as(file)
     if found == "lora":

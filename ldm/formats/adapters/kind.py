@@ -9,6 +9,7 @@ from typing import Literal
 from ldm.errors import ConfigError
 from ldm.formats import hub, kinds
 from ldm.formats.open import Opened, load
+from ldm.untrusted import place as what_is_at
 
 AdapterKind = Literal["lora", "textual_inversion", "hypernetwork"]
 
@@ -60,11 +61,12 @@ _WHOLE: dict[str, str] = {
 def located(path: str | Path) -> Path:
     """The file with an adapter's tensors: the path itself, or in a folder or under a hub id; else ConfigError."""
     place = Path(path).expanduser()
-    if place.is_file():
+    there = what_is_at(place)
+    if there == "file":
         return place
-    if not place.exists() and not place.suffix and str(path).count("/") == 1 and not place.is_absolute():
+    if there == "nothing" and not place.suffix and str(path).count("/") == 1 and not place.is_absolute():
         place = hub.fetch(str(path), "adapter", [*_IN_FOLDERS, "adapter_config.json"], "Give a file or a folder")
-    if not place.exists():
+    if what_is_at(place) == "nothing":
         raise ConfigError(f"{path}: there is nothing at this path. Give an adapter's .safetensors, .pt or .bin file.")
     files = [place / name for name in _IN_FOLDERS if (place / name).is_file()]
     if files:

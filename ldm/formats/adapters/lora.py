@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from ldm.adapters.content import Lora, LowRank
 from ldm.errors import ConfigError
 from ldm.formats.adapters.embedding import BUNDLED, read_bundled
 from ldm.formats.adapters.layer_names import LayerNames
-from ldm.formats.adapters.peft_settings import KEY, PeftSettings
+from ldm.formats.adapters.peft_settings import KEY, LARGEST_ALPHA, PeftSettings
 from ldm.formats.adapters.tensors import read_weights
 from ldm.formats.open import Opened
 
@@ -108,8 +107,10 @@ def _through(mid: Tensor, down: Tensor, where: str) -> Tensor:
 
 
 def _alpha(tensor: Tensor, where: str) -> float:
-    if tensor.numel() != 1 or tensor.is_complex() or not isfinite(tensor.item()):
-        raise ConfigError(f"{where} has an alpha that is not one number: the file is damaged. Fetch it again.")
+    if tensor.numel() != 1 or tensor.is_complex() or not abs(tensor.item()) < LARGEST_ALPHA:
+        raise ConfigError(
+            f"{where} has an alpha that is not one number below {LARGEST_ALPHA:g}: the file is damaged. Fetch it again."
+        )
     return float(tensor.item())
 
 
