@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -23,7 +22,7 @@ MODULES = 2**15  # and parameters, of one network; Stable Diffusion 1's has 1,70
 
 @contextmanager
 def building(where: str) -> Iterator[None]:
-    """Within the block networks are built on the meta device, where they take no memory, up to MODULES modules.
+    """Within the block networks of up to MODULES modules are built: on the meta device, where they take no memory.
 
     ConfigError for more, and for settings that nothing can be built from. `where` opens its message.
     """
@@ -36,8 +35,7 @@ def building(where: str) -> Iterator[None]:
 
     hooks = [register_module_module_registration_hook(counted), register_module_parameter_registration_hook(counted)]
     try:
-        with torch.device("meta"):
-            yield
+        yield
     except ConfigError:
         raise
     except Exception as error:  # what torch says of a size depends on where in the network it first meets it

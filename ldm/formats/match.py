@@ -51,7 +51,7 @@ def _expected(node: str) -> State:
     kind = CLASSES[said["_target_"]]
     arguments = {k: v for k, v in said.items() if not (k.startswith("_") and k.endswith("_"))}
     bounded.check_arguments(kind, arguments, "its configuration")
-    with bounded.building("its configuration"):
+    with bounded.building("its configuration"), torch.device("meta"):
         return kind(**arguments).state_dict()
 
 

@@ -136,6 +136,11 @@ class CLIPTokenized(TextEncoder):
                 f"the tokenizer has {len(tokenizer)} tokens, the text encoder rows for {self.vocab_size}. "
                 f"Use text_encoder.vocab_size={len(tokenizer)}, or build a smaller tokenizer."
             )
+        if (largest := max(tokenizer.get_vocab().values(), default=0)) >= self.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has a token of id {largest}, the text encoder {self.vocab_size} rows: they "
+                "are not of one model. Fetch both again."
+            )
         tokenizer.model_max_length = self.max_length  # diffusers pads to what the saved tokenizer says
         self._tokenizer = tokenizer
 

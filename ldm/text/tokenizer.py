@@ -22,6 +22,8 @@ from transformers import CLIPTokenizer
 
 from ldm.errors import ConfigError
 from ldm.text.encoder import Token
+from ldm.text.tokenizer_files import checked_copy
+from ldm.untrusted import shown
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -52,10 +54,28 @@ def load_tokenizer(directory: str | Path) -> CLIPTokenizer:
         raise ConfigError(
             f"{directory} holds no tokenizer: neither vocab.json + merges.txt nor tokenizer.json is there."
         )
-    tokenizer = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
-    for name in ("is_local", "local_files_only"):  # how it was loaded is no property of it; saving would write it down
+    with checked_copy(directory) as copy:
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(str(copy), local_files_only=True)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of its Rust half
+                raise
+            raise ConfigError(f"{directory} holds no tokenizer that can be read ({shown(error, 120)}).") from error
+    # How it was loaded is no property of it; saving would write it down.
+    for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
+    _check_ids(tokenizer, directory)
     return tokenizer
+
+
+def _check_ids(tokenizer: CLIPTokenizer, directory: Path) -> None:
+    """ConfigError where a token has another's id, or a mark none."""
+    ids = tokenizer.get_vocab().values()
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"{directory}: several tokens have one id: its files are of two tokenizers.")
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise ConfigError(f"{directory}: its {name} is no token of the vocabulary. Fetch it again.")
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, directory: str | Path) -> None:
