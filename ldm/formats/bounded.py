@@ -63,10 +63,12 @@ def check_numbers(node: Any, where: str, key: str = "") -> None:
         for name, value in node.items():
             check_numbers(value, where, str(name))
     elif isinstance(node, list):
-        for value in node[: 2**12]:
+        if len(node) > (4 * LEVELS if isinstance(node[0], int | float) else 2**16):
+            raise ConfigError(f"{where} says {key}, a list of {len(node)}: no network has as many. Fetch it again.")
+        for value in node:
             check_numbers(value, where, key)
     elif isinstance(node, int) and not isinstance(node, bool):
-        whole(node, key, where, -(2**20), _most(key))
+        whole(node, key, where, -1 if key == "marks" else 0, _most(key))
 
 
 def _most(key: str) -> int:

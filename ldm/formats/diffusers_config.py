@@ -9,7 +9,7 @@ from ldm.errors import ConfigError
 from ldm.formats.bounded import LEVELS
 from ldm.formats.content import Node
 from ldm.formats.match import AUTOENCODER, TEXT, UNET
-from ldm.untrusted import shown, whole
+from ldm.untrusted import number, shown, whole
 
 Settings = Mapping[str, Any]
 # What our classes always do, in diffusers' words: anything else is another architecture.
@@ -164,7 +164,9 @@ def text_node(config: Settings, where: str) -> Node:
     _check(said, _TEXT_ALWAYS, where)
     if isinstance(said["eos_token_id"], list):
         raise _other(where, "eos_token_id", "one end mark", said["eos_token_id"])
-    width, inside = said["hidden_size"], said["intermediate_size"]
+    for key in ("layer_norm_eps", "attention_dropout"):
+        number(said[key], key, where, 0.0, 1.0)
+    width, inside = (whole(said[key], key, where) for key in ("hidden_size", "intermediate_size"))
     unusual = {
         "feed_forward": None if inside == 4 * width else inside,
         "norm_eps": None if said["layer_norm_eps"] == 1e-5 else said["layer_norm_eps"],

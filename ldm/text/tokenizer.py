@@ -73,6 +73,9 @@ def _check_ids(tokenizer: CLIPTokenizer, directory: Path) -> None:
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) < len(ids):
         raise ConfigError(f"{directory}: several tokens have one id: its files are of two tokenizers.")
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if tokenizer.unk_token not in own:
+        raise ConfigError(f"{directory}: its vocabulary has no {tokenizer.unk_token}, for what it does not know.")
     for name in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise ConfigError(f"{directory}: its {name} is no token of the vocabulary. Fetch it again.")

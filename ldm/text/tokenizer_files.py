@@ -24,7 +24,7 @@ Token = str | dict[str, Any]
 
 @contextmanager
 def checked_copy(directory: Path) -> Iterator[Path]:
-    """Within the block a folder with what is needed of `directory`'s tokenizer; ConfigError where it contradicts itself.
+    """Within the block a folder with what is needed of `directory`'s files; ConfigError where they do not fit.
 
     tokenizer.json is read before vocab.json and merges.txt, as transformers does.
     """

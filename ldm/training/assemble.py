@@ -139,6 +139,9 @@ def check_stored(config: Config, states: Mapping[str, State], source: Path) -> N
         raise ConfigError(
             f"{source} describes {', '.join(missing)} and holds no tensors of it: fetch the whole of it again."
         )
+    scale, mean = (states["vae"].get(f"latents.{name}") for name in ("scale", "mean"))  # NaN: not measured yet
+    if scale is not None and mean is not None and bool((scale <= 0).any() or scale.isinf().any() or mean.isinf().any()):
+        raise ConfigError(f"{source}: its latents' scale is not above 0, or not finite: it was edited. Fetch it again.")
     for part, module in modules.items():
         _check_fill(module, _widened(states[part], module) if part == "unet" else states[part], part, source)
 

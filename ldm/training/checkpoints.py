@@ -171,7 +171,7 @@ def find(path: str | os.PathLike[str]) -> Path:
     if (given / "manifest.json").is_file() and (given / "config.yaml").is_file():
         problem = verify(given)
         if problem is not None:
-            raise ConfigError(f"checkpoint={path}: {problem}. Use another step of the run.")
+            raise ConfigError(f"checkpoint={path}: {problem.rstrip('.')}. Use another step of the run.")
         return given
     if not given.exists():
         raise ConfigError(f"checkpoint={path}: there is nothing at this path. Give a run directory, like outputs/mine.")
