@@ -135,9 +135,8 @@ def main(words: list[str]) -> int:
             writer = csv.writer(file)
             writer.writerow(("case", "door", "exit code", "line", "seconds", "MiB above"))
             writer.writerows(rows)
-    print(
-        f"{len(rows)} cases, {bad} bad; at most {max(float(r[4]) for r in rows)} s and {max(float(r[5]) for r in rows):.0f} MiB"
-    )
+    slowest, largest = (max(float(row[i]) for row in rows) for i in (4, 5))
+    print(f"{len(rows)} cases, {bad} bad; at most {slowest} s and {largest:.0f} MiB")
     return 1 if bad else 0
 
 
