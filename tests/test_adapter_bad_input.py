@@ -131,8 +131,8 @@ EMBEDDINGS = [
     ({"string_to_param": {"*": ONE, "x": ONE}}, "holds 2 words"),
     ({"string_to_param": 7}, "holds no words"),
     ({"string_to_param": {"*": [1.0, 2.0]}}, "is a list, not a tensor"),
-    ({"<a>": torch.ones(2, 2, 2)}, r"is \(n, width\), and this is \(2, 2, 2\)"),
-    ({"<a>": torch.ones(0, 2)}, r"is \(n, width\), and this is \(0, 2\)"),
+    ({"<a>": torch.ones(2, 2, 2)}, r"is \(2, 2, 2\), and vectors of words are \(n, width\)"),
+    ({"<a>": torch.ones(0, 2)}, r"is \(0, 2\), and vectors of words are \(n, width\)"),
     ({"emb_params": ONE.long()}, "not of floating point"),
 ]
 
