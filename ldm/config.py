@@ -126,7 +126,7 @@ class Root:
     film_strip: bool = key(False, "sample", "also draw every step's latent above its jump to x0")
     animation: bool = key(False, "sample", "also write the jumps to x0 as a GIF")
     eval_images: int | None = key(None, "train evaluate", "pictures drawn per half of the score; as above, 256")
-    optimized_metric: str | None = key(None, "train evaluate", "what a sweeper minimises or maximises")
+    optimized_metric: str | None = key(None, "train evaluate", "what names the best arm of a sweep, such as val/loss")
     # --- conversion and merging
     format: str | None = key(None, "convert merge", "ldm, diffusers (a folder) or compvis (.safetensors, .ckpt)")
     dtype: str = key("float32", "convert merge", "of the stored tensors: float32, float16 or bfloat16")

@@ -10,3 +10,15 @@ class ConfigError(ValueError):
 
 class NotFinite(ConfigError):
     """Numbers that are NaN or infinite where a picture or weights should be: the message says where they come from."""
+
+
+class SweepError(ConfigError):
+    """What is wrong with every arm of a sweep alike: it ends the sweep instead of marking an arm refused."""
+
+
+class Ended(BaseException):
+    """Carries an error past Hydra to `ldm.run`: Hydra catches every Exception, prints it, and goes on with a sweep."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(error)
+        self.error = error

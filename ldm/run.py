@@ -6,8 +6,11 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from omegaconf import DictConfig
 
 from ldm.choices import drop_leftovers, said_in_words
 from ldm.config import check_keys_are_read, conf_dir, digest, register
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, Ended
+from ldm.tasks.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
@@ -25,19 +29,18 @@ PATH_KEYS = (
     *("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask"),
     *("class_images", "class_shards"),
 )
+DRAWING = ("sample", "evaluate", "objective")  # tasks that write into output=DIR
 PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
 
 
 def main() -> None:
-    """Runs, and turns what the person can mend into one line and an exit code: 2 refused, 130 or 75 interrupted."""
+    """Runs, and turns what the person can mend into one line and an exit code.
+
+    0 done; 2 refused; 3 diverged, or a sweep in which an arm failed; 130 Ctrl-C; 75 a scheduler's signal.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that this terminal cannot show end nothing
-    try:
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted before anything was trained", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -47,86 +50,75 @@ def run(arguments: Sequence[str]) -> int:
 
         print(help_text(conf_dir()))
         return 0
-    multirun = bool({"-m", "--multirun"} & set(arguments))
     os.environ["LDM_COMMAND"] = shlex.join(["python", "-m", "ldm.run", *arguments])  # for run.json
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    failure: BaseException
     try:
         _refuse_bytes(arguments)
         _refuse_self_launched_sweeps(arguments, multirun)
         arguments = [quoted(said_in_words(a), multirun) for a in arguments]
         if multirun:
-            os.environ["LDM_SWEPT"] = " ".join(a.split("=", 1)[0] for a in arguments if "," in a.partition("=")[2])
-            arguments.append(f"hydra.sweep.dir={_sweep_directory(arguments)}")
-        failures: list[Exception] = []
-        _hydra(_holding(failures), arguments)
-        if failures:
-            raise failures[0]
+            arguments = named_sweep(arguments)
+        with _stopped_by_signals():
+            _hydra(job, arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # a scheduler's signal, the end of a sweep, or Hydra's own
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except Ended as ended:
+        failure = ended.error
     except Exception as error:
-        return _report(error, arguments)
-    return 0
+        failure = error
+    return _ended_elsewhere(failure) or _report(failure, arguments)
 
 
-def _holding(failures: list[Exception]) -> Callable[[DictConfig], Any]:
-    """The job of a single run keeps its error for `run` to report: Hydra would print a line of its own before it."""
-
-    def held(config: DictConfig) -> Any:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return job(config)
-        try:
-            return job(config)
-        except Exception as error:
-            failures.append(error)
-            return None
-
-    return held
-
-
-def job(config: DictConfig) -> Any:
-    """One composed configuration: checked, then handed to its task. In a sweep a refusal is an arm's result."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from ldm.tasks.arms import record
-
+def job(config: DictConfig) -> float | None:
+    """One composed configuration: checked, then handed to its task. In a sweep its value is what is optimised."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-    if sweep is None:
-        return _perform(config, dict(hydra.runtime.choices), overrides, None)
-    directory = str(_arm(sweep, overrides))
+    arm = Arm.current()
+    if arm is not None:
+        return run_arm(arm, lambda: _perform(config, arm), config.optimized_metric)
     try:
-        metrics = _perform(config, dict(hydra.runtime.choices), overrides, sweep)
-    except ConfigError as error:
-        record(sweep, overrides, directory, "refused", {}, str(error))
-        print(f"refused: {' '.join(overrides)}: {error}", file=sys.stderr)
-        return None
-    record(sweep, overrides, directory, "finished", metrics, "")
-    return metrics.get(config.optimized_metric) if config.optimized_metric else None
+        _perform(config, None)
+    except Exception as error:
+        raise Ended(error) from error
+    return None
 
 
-def _perform(config: DictConfig, choices: dict[str, Any], overrides: list[str], sweep: Path | None) -> dict[str, float]:
+def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
+    from hydra.core.hydra_config import HydraConfig
     from hydra.utils import get_method
 
+    choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
     task = str(choices["task"])
     check_keys_are_read(task, overrides)
     drop_leftovers(config, overrides)
     config.experiment = choices.get("experiment") or task
+    if arm is not None and task in DRAWING:  # into one folder they would write over each other
+        config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)
     function: Callable[..., dict[str, float]] = get_method(config.task._target_)
-    return function(config, arm=_arm(sweep, overrides))
+    return function(config, arm=arm and arm.directory)
 
 
-def _arm(sweep: Path | None, overrides: list[str]) -> Path | None:
-    """An arm's own directory inside the sweep's, named by what it changes."""
-    if sweep is None:
-        return None
-    swept = tuple(f"{k}=" for k in os.environ.get("LDM_SWEPT", "").split())
-    changes = [o for o in overrides if o.startswith(swept)] if swept else list(overrides)
-    slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "_".join(o.replace("=", "-") for o in changes))[:80]
-    return sweep / (slug.strip("-") + "-" + digest(changes, 4))
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """A scheduler's signal ends the command as Ctrl-C does, with 75; while it trains, at a step boundary."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, _stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: Any) -> None:
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+    raise SystemExit(75)
 
 
 def quoted(argument: str, multirun: bool) -> str:
@@ -159,12 +151,29 @@ def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(function)()
 
 
-def _sweep_directory(arguments: Sequence[str]) -> str:
-    """outputs/<name>, or experiment and a digest of what is swept: the same sweep finds its directory again."""
-    given = dict(a.split("=", 1) for a in arguments if "=" in a)
-    changes = sorted(a for a in arguments if "=" in a and not a.startswith(("name=", "outputs=")))
-    name = given.get("name") or f"{given.get('experiment', 'sweep')}-sweep-{digest(changes, 6)}"
-    return str(Path(given.get("outputs", "outputs")) / name.strip("\"'"))
+def named_sweep(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the sweep's directory, and with the keys that are the same in all of its arms.
+
+    outputs/<name>, or experiment and a digest of what is swept: the same sweep finds its directory again. What is
+    swept is Hydra's to say: a comma may stand in quotes, and range(), glob(), choice() and interval() have none.
+    """
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = get_args_parser().parse_args(arguments).overrides
+    parsed = OverridesParser.create().parse_overrides(given)
+    ours = [o for o in parsed if not o.is_hydra_override()]
+    fixed = {o.get_key_element(): o for o in ours if not o.is_sweep_override()}
+    spaces = [o for o in parsed if o.key_or_group.startswith("hydra.sweeper.params")]
+    changes = sorted(str(o.input_line) for o in (*ours, *spaces) if o.key_or_group not in ("name", "outputs"))
+    name = str((fixed["name"].value() if "name" in fixed else None) or "")
+    experiment = fixed["experiment"].value() if "experiment" in fixed else "sweep"
+    name = name or f"{experiment}-sweep-{digest(changes, 6)}"
+    base = "" if name.startswith("/") else "${outputs}/"
+    added = [f'hydra.sweep.dir="{base}{_in_quotes(name)[1:]}']
+    added.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(_in_quotes(k) for k in fixed)}]")
+    first = next((i for i, a in enumerate(arguments) if a in given), len(arguments))
+    return [*arguments[:first], *added, *arguments[first:]]  # flags in between, and Hydra reads no further
 
 
 def _refuse_bytes(arguments: Sequence[str]) -> None:
@@ -187,6 +196,18 @@ def _refuse_self_launched_sweeps(arguments: Sequence[str], multirun: bool) -> No
         )
 
 
+def _ended_elsewhere(error: BaseException) -> int | None:
+    """The exit code for the end of a sweep that a launcher or sweeper of Hydra's reports in words of its own."""
+    if "No trials are completed yet" in str(error):  # Optuna, where no arm has a value
+        print("no arm of this sweep has a value of optimized_metric=: its results.csv says why.", file=sys.stderr)
+        return FAILED
+    ended = re.search(r"^ldm\.errors\.Ended: (.*)", str(error), re.MULTILINE)  # submitit: the job's traceback as text
+    if not ended:
+        return None
+    print(ended[1], file=sys.stderr)
+    return 130 if "stopped by SIGINT" in ended[1] else 75 if "stopped by SIG" in ended[1] else 2
+
+
 def _report(error: BaseException, arguments: Sequence[str]) -> int:
     from ldm.explain import explain
 
@@ -196,7 +217,7 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
         return stopped
     if type(error).__name__ == "Diverged":
         print(f"stopped: {error}", file=sys.stderr)
-        return 3
+        return FAILED
     line = explain(error, arguments, conf_dir())
     if line is None:
         raise error

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.analysis import Run, compare, newest, plot_loss, plot_loss_by_t, plot_x0_error, runs
 from ldm.errors import ConfigError
-from ldm.tasks.arms import record
+from ldm.tasks.arms import Arm, record
 from ldm.training.logging import RunLogger
 from ldm.training.run_directory import write_json
 
@@ -185,10 +185,10 @@ def test_a_running_run_stands_at_its_last_record(make: MakeRun) -> None:
 def test_a_sweep_stands_for_its_arms_refused_ones_with_their_reason(make: MakeRun, tmp_path: Path) -> None:
     make("sweep/flow-v-0001")
     sweep = tmp_path / "outputs" / "sweep"
-    record(sweep, ["experiment=law", "scheduler=flow", "parameterization=v"], "", "finished", {"val/loss": 0.1}, "")
-    record(
-        sweep, ["experiment=law", "scheduler=flow", "parameterization=eps"], "", "refused", {}, "alpha is 0, at t = 1"
-    )
+    good, bad = (Arm(sweep, ["experiment=law", "scheduler=flow", f"parameterization={p}"]) for p in ("v", "eps"))
+    record(good, "finished", {"val/loss": 0.1}, "")
+    (sweep / "flow-v-0001").rename(good.directory)
+    record(bad, "refused", {}, "alpha is 0, at t = 1")
     for pattern in (sweep, tmp_path / "outputs" / "*"):
         table = runs(pattern)
         assert list(table["state"]) == ["finished", "refused"]

@@ -20,21 +20,21 @@ Scalars = dict[str, Any]
 def runs(pattern: str | Path = "outputs/*") -> pd.DataFrame:
     """One row a run: path, name, experiment, state, step, seed, the choices that differ, last metrics and scores.
 
-    A sweep's folder stands for its arms; arms that were refused have state "refused" and the reason as message.
+    A sweep's folder stands for its arms; arms that left no run (refused, failed) have their reason as message.
 
     >>> runs("outputs/*")[["name", "state", "val/loss"]]
     >>> runs("outputs/quickstart-sweep-642aed")
     """
-    found, refused = _expand(pattern)
-    if not found and not refused:
+    found, others = _expand(pattern)
+    if not found and not others:
         raise ConfigError(f"no run at {Path(pattern).absolute()}. {nearby(Path(pattern))}")
     flats = [_flatten(run.config) for run in found]
-    choices = list(dict.fromkeys([*_differing(flats), *(k for _, given in refused for k in given)]))
+    choices = list(dict.fromkeys([*_differing(flats), *(k for _, given in others for k in given)]))
     rows = [_row(run, {k: flat[k] for k in choices if k in flat}) for run, flat in zip(found, flats, strict=True)]
-    table = pd.DataFrame([*rows, *({**given, **row} for row, given in refused)])
+    table = pd.DataFrame([*rows, *({**given, **row} for row, given in others)])
     first = list(dict.fromkeys(["path", "name", "experiment", "state", "step", "seed", *choices]))
     rest = [c for c in table.columns if c not in (*first, "message")]
-    table = table.reindex(columns=[*first, *rest, *(["message"] if refused else [])])
+    table = table.reindex(columns=[*first, *rest, *(["message"] if others else [])])
     return table.assign(**{c: pd.to_numeric(table[c]).astype("Int64") for c in ("step", "seed")})
 
 
@@ -68,29 +68,29 @@ def compare(a: Run | str | Path, b: Run | str | Path) -> pd.DataFrame:
 
 
 def _expand(pattern: str | Path) -> tuple[list[Run], list[tuple[Scalars, Scalars]]]:
-    """The runs that a pattern names, and (row, given choices) of every refused arm of its sweeps."""
+    """The runs that a pattern names, and (row, given choices) of every arm of its sweeps that left no run."""
     found: list[Run] = []
-    refused: list[tuple[Scalars, Scalars]] = []
+    others: list[tuple[Scalars, Scalars]] = []
     for path in sorted(map(Path, glob.glob(str(pattern)))):
         if is_run(path):
             found.append(Run(path))
         elif (path / "results.csv").is_file():
             found += [Run(arm) for arm in sorted(path.iterdir()) if is_run(arm)]
-            refused += _refused(path)
-    return found, refused
+            others += _without_run(path)
+    return found, others
 
 
-def _refused(sweep: Path) -> Iterable[tuple[Scalars, Scalars]]:
+def _without_run(sweep: Path) -> Iterable[tuple[Scalars, Scalars]]:
     with (sweep / "results.csv").open(newline="", encoding="utf-8") as file:
         head, *lines = csv.reader(file)
     arms = [dict(zip(head, line, strict=True)) for line in lines]
     swept = [k for k in head[: head.index("state")] if len({arm[k] for arm in arms}) > 1]
     for arm in arms:
-        if arm["state"] == "refused":
+        if arm["state"] != "finished" and not is_run(sweep / Path(arm["directory"]).name):
             given = {k: arm[k] for k in swept if arm[k]}
             name = " ".join(f"{k}={v}" for k, v in given.items())
             known: Scalars = {k: arm[k] for k in ("experiment", "seed", "message") if k in arm}
-            yield {"path": sweep, "name": name, "state": "refused", **known}, given
+            yield {"path": sweep, "name": name, "state": arm["state"], **known}, given
 
 
 def _row(run: Run, choices: Scalars) -> Scalars:

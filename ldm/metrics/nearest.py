@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+
 
 class NearestTraining(Metric):
     """Distance of each picture to its nearest training picture: root mean squared difference of pixels in [0, 1].
@@ -16,6 +18,11 @@ class NearestTraining(Metric):
     """
 
     full_state_update = False
+    scores = tuple(  # of task=evaluate
+        f"{pictures}/nearest/{k}"
+        for pictures in ("seen", "unseen", "val", "held_out_val", "held_out_unseen")
+        for k in (*QUANTILES, "n")
+    )
     distances: list[Tensor]
 
     def __init__(self, chunk: int = 1024):
@@ -39,10 +46,9 @@ class NearestTraining(Metric):
     def compute(self) -> dict[str, float]:
         """{median, q05, q25, q75, q95, min, n} of the distances."""
         distances = dim_zero_cat(self.distances).cpu().double()
-        names = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
-        quantiles = torch.tensor(list(names.values()), dtype=torch.double)
+        quantiles = torch.tensor(list(QUANTILES.values()), dtype=torch.double)
         values = distances.quantile(quantiles).tolist()
-        return dict(zip(names, values, strict=True)) | {"n": float(len(distances))}
+        return dict(zip(QUANTILES, values, strict=True)) | {"n": float(len(distances))}
 
 
 def nearest_distance(images: Tensor, reference: list[Tensor], chunk: int = 1024) -> Tensor:

@@ -17,6 +17,7 @@ class Reconstruction(Metric):
     """PSNR in dB and SSIM, each the mean over pictures (B, 3, H, W) in [-1, 1], with its standard error."""
 
     full_state_update = False
+    scores = tuple(f"reconstruction/{k}" for k in ("psnr", "psnr/se", "ssim", "ssim/se", "n"))  # of task=evaluate
     values: list[Tensor]
 
     def __init__(self) -> None:

@@ -56,6 +56,9 @@ class ShapeScore(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.groups = {name: [name] for name in WORDS} | {"colour_and_shape": ["colour", "shape"], "all": list(WORDS)}
+        kinds = ("", "/low", "/high", "/n", "/chance")
+        names = [*(name + kind for name in self.groups for kind in kinds), "n"]
+        self.scores = tuple(f"{half}/{name}" for half in ("seen", "unseen") for name in names)  # of task=evaluate
         self.add_state("right", torch.zeros(len(self.groups), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("asked", torch.zeros(len(self.groups), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")

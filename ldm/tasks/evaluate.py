@@ -28,6 +28,7 @@ from ldm.metrics.shapes import ShapeScore
 from ldm.pictures import grid
 from ldm.pipeline import Pipeline
 from ldm.sampling import Sampler
+from ldm.tasks.measured import check_optimized, of_evaluation
 from ldm.training.assemble import load_trained
 from ldm.training.autoencoder import to_unit
 from ldm.training.checkpoints import run_of
@@ -45,6 +46,7 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     values = plain(config)
     if not values["checkpoint"]:
         raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
+    check_optimized(values["optimized_metric"], of_evaluation(values["metric"]))
     values["checkpoint"] = str(as_ours(values))
     result, output = evaluate_run(values)
     for name, value in sorted(result.items()):

@@ -23,6 +23,7 @@ from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import evaluate_run
+from ldm.tasks.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
 from ldm.training.adapters import save_adapters
@@ -40,6 +41,7 @@ from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
 from ldm.training.solvers import sampling_settings
 
+ALONE = {"module": "autoencoder", "frozen_dtype": "float32"}  # the stage autoencoder: all of it is trained
 STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 
 
@@ -55,6 +57,8 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if config.stages:
         return Stages(config, arm).run()
     check_builds(plain(config))
+    if config.optimized_metric:
+        check_optimized(config.optimized_metric, of_training(plain(config)))
     return _trained(config, plain(config), arm).metrics
 
 
@@ -165,6 +169,8 @@ class Stages:
         for stage in self.stages:
             check(self.configured(stage))
         check_builds(plain(self.configured(self.stages[-1])))
+        if config.optimized_metric:
+            check_optimized(config.optimized_metric, self.measured())
 
     def run(self) -> dict[str, float]:
         self._require_captions()
@@ -183,6 +189,19 @@ class Stages:
             values = plain(self.configured("diffusion"))
             if reads_captions(values):
                 build(values["data"], "data").require_captions()
+
+    def measured(self) -> set[str]:
+        """Names of all that `run` will give."""
+        names: set[str] = set()
+        for stage in self.stages:
+            values = plain(self.configured(stage))
+            if stage == "autoencoder":
+                names |= {f"autoencoder/{n}" for n in of_training({**values, **ALONE}) if not n.startswith("train/")}
+            elif stage == "diffusion":
+                names |= of_training(values)
+            elif stage == "evaluate":
+                names |= of_evaluation(values["metric"])
+        return names
 
     def configured(self, stage: str) -> DictConfig:
         """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
@@ -224,7 +243,7 @@ class Stages:
         return {}
 
     def autoencoder(self, values: dict[str, Any]) -> dict[str, float]:
-        values |= {"module": "autoencoder", "frozen_dtype": "float32"}  # all of it is trained
+        values |= ALONE
         folder = Path(values["outputs"]) / "stages"
         finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
         _say(finished)

@@ -53,6 +53,10 @@ class Losses(L.Callback):
             log_metrics(trainer, {**self.window.means(), "train/learning_rate": learning_rate}, step)
             self.window.reset()
 
+    def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
+        """Names of what a run of `max_steps` logs."""
+        return [*module.totals.names, "train/learning_rate"] if max_steps >= self.every_n_steps else []
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.window is None else {"window": self.window.values.clone()}
 

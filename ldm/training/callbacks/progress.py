@@ -50,6 +50,10 @@ class ProgressBar(L.Callback):
                 self._print(trainer, step, step * pl_module.images_per_step, rate, (now - self._since) / max(1, steps))
             self._since, self._since_step = now, step
 
+    def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
+        """Names of what a run of `max_steps` logs."""
+        return ["train/images_per_second"]
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()
 

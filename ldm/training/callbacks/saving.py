@@ -24,6 +24,9 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; saved in {folder}")
         self.number, self.step, self.folder = number, step, folder
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.number, self.step, self.folder)  # a sweep's arm may run in another process
+
     @property
     def exit_code(self) -> int:
         """130 for Ctrl-C, 75 ("try again") for what a scheduler sends."""

@@ -33,6 +33,10 @@ class Validation(L.Callback):
         for key, picture in pl_module.validation_pictures(values).items():
             log_picture(trainer, key, picture, step)
 
+    def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
+        """Names of what a run of `max_steps` logs."""
+        return [*module.validation_names(), "val/loss_standard_error"]
+
 
 def validate(trainer: L.Trainer, module: TrainedModule) -> dict[str, float]:
     """Means over the validation data of every rank, and the standard error of the loss."""
