@@ -7,6 +7,7 @@ import logging
 import math
 from contextlib import contextmanager
 
+import few
 import lightning as L
 import pytest
 import torch
@@ -296,3 +297,23 @@ def test_merging_to_infinity_is_refused(pair, tmp_path):
     with pytest.raises(NotFinite, match=r"reaches .*, and float16 holds 65504 at most"):
         merge(pair, tmp_path / "x.safetensors", ratios=[factor, 0], dtype="float16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_run_that_is_not_finite_is_refused(small_base, tmp_path, monkeypatch):
+    import ldm.training.adapters as adapters
+
+    options = [f"images={few.make_pictures(tmp_path / 'mine', 3)}", "adapter=[lora]", "instance_prompt=a thing"]
+    trained = few.run("finetune", small_base, tmp_path, *options)
+    pipe = Pipeline.load(small_base)
+    read_parts = adapters.load_parts
+
+    def diverged(*arguments, **options):
+        states = read_parts(*arguments, **options)
+        next(iter(states["lora"].values())).fill_(math.nan)
+        return states
+
+    monkeypatch.setattr(adapters, "load_parts", diverged)
+    with pytest.raises(NotFinite, match=r"holds NaN or infinities in its lora .*give another step of the run"):
+        pipe.load_adapter(trained)
+    assert not pipe.adapters and pipe.sample("a", num_steps=1).isfinite().all()

@@ -13,7 +13,7 @@ from ldm.errors import ConfigError
 from ldm.formats import unet_keys
 from ldm.formats.checkpoint import kind, read, write
 from ldm.formats.plain_names import plain_names
-from ldm.training.loading import open_any
+from ldm.training.loading import as_ours, open_any
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 PARTS = {UNET: ("unet", "U-Net"), VAE: ("vae", "autoencoder"), TEXT: ("text_encoder", "text encoder")}
@@ -103,6 +103,18 @@ def test_config_may_lack_the_part_too(whole, sd1_folder, tmp_path, small_is_publ
     shutil.copytree(sd1_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ConfigError, match="holds no weights"):
         open_any(tmp_path / "part.safetensors", config=tmp_path / "bare")
+
+
+def test_what_a_stage_keeps_is_told_apart_by_where_parts_come_from(whole, sd1_folder, tmp_path):
+    """evaluate and training convert such a file once: of another text encoder in config= it is another model."""
+    save_file(without(whole, TEXT), tmp_path / "part.safetensors")
+    other = shutil.copytree(sd1_folder, tmp_path / "config")
+    asked = {"checkpoint": tmp_path / "part.safetensors", "weights": "ema", "config": other, "outputs": tmp_path}
+    first = as_ours(asked)
+    assert as_ours(asked) == first
+    place = other / "text_encoder/model.safetensors"
+    save_file({k: 2 * v for k, v in load_file(place).items()}, place)
+    assert as_ours(asked) != first
 
 
 def test_a_u_net_alone_without_any_prefix(whole, theirs, sd1_folder, tmp_path):

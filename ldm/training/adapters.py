@@ -11,7 +11,7 @@ from ldm.adapters.hypernetwork import Hypernetwork
 from ldm.adapters.lora import LoRA
 from ldm.adapters.textual_inversion import TextualInversion
 from ldm.build import build
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, NotFinite
 from ldm.formats.adapters import adapter_kind, read_adapter, write_adapter
 from ldm.formats.kinds import is_ours
 from ldm.training.assemble import Parts, fill, load_trained
@@ -145,6 +145,11 @@ def _attach_of_run(path: Path, parts: Parts, made: list[Adapter]) -> None:
         made[-1].check_state(states[name], f"{folder}: its adapter {name}")
         made[-1].attach(parts.network, parts.text_encoder)
         fill(made[-1], states[name], name, folder)
+        wrong = [key for key, tensor in states[name].items() if not bool(tensor.isfinite().all())]
+        if wrong:
+            raise NotFinite(
+                f"{folder} holds NaN or infinities in its {name} ({wrong[0]}): give another step of the run."
+            )
 
 
 def weight_names(parts: Parts) -> list[str]:

@@ -16,6 +16,7 @@ from ldm.allowed import only_allowed, refuse_nodes
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
+from ldm.formats.kinds import is_ours
 from ldm.training.adapters import merged_states
 from ldm.training.assemble import Parts, attach_adapters, build_parts, check_stored, fill_parts
 from ldm.training.checkpoints import DIFFUSION_NODES, Content, State, find, load_parts, read_config, write
@@ -109,10 +110,12 @@ def _complete(checkpoint: foreign.Checkpoint, path: Path, config: str | Path | N
 
 
 def _weights_of(config: str | Path, weights: str) -> Stored:
-    place = Path(config).expanduser()
-    return open_any(
-        place.parent if place.is_file() and place.suffix in (".yaml", ".yml") else place, weights, whole=False
-    )
+    return open_any(_run_or_folder(Path(config).expanduser()), weights, whole=False)
+
+
+def _run_or_folder(place: Path) -> Path:
+    """Where a run's config.yaml lies, else the path itself."""
+    return place.parent if place.is_file() and place.suffix in (".yaml", ".yml") else place
 
 
 def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
@@ -133,14 +136,23 @@ def as_ours(values: Mapping[str, Any]) -> Path:
     place = Path(path).expanduser()
     if foreign.kind(path) == "ldm":
         return find(place)
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    sources = [place] if config is None else [place, Path(config).expanduser()]  # parts may come from the latter
+    stamps = [stamp for source in sources for stamp in _stamps(source)]
     fingerprint = hashlib.sha256(repr((str(path), weights, str(config), stamps)).encode()).hexdigest()[:8]
     target = Path(values["outputs"]) / "stages" / f"checkpoint-{fingerprint}"
     with alone(values["outputs"], "checkpoint"):
         if not target.is_dir():
             save_any(load_any(path, weights, config), target, "ldm")
     return target
+
+
+def _stamps(place: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of the files of a checkpoint; of a run of ours its newest one's. [] for a hub id."""
+    place = _run_or_folder(place)
+    if place.is_dir() and is_ours(place):
+        place = find(place)
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def adopted(folder: Path) -> dict[str, Any]:
