@@ -96,10 +96,7 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Moves all modules; noise is drawn on the CPU wherever they are."""
-        parts = (self.sampler.autoencoder, self.sampler.text_encoder, self.sampler.denoiser.model)
-        modules: list[Any] = [*parts, *self.adapters.values()]
-        for module in modules:
-            module.to(device)  # type: ignore[union-attr]
+        self._parts().to(device)
         return self
 
     def __call__(self, prompt: Texts, negative_prompt: Texts = "", **options: Any) -> list[Image.Image]:

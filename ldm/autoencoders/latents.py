@@ -94,11 +94,11 @@ class LatentSpace(nn.Module):
         return bool(torch.isfinite(self.preview_weight).all())
 
     def standardise(self, z: Tensor) -> Tensor:  # (B,C,H,W) raw -> (B,C,H,W) x0
-        self._require_measured()
+        self.require_measured()
         return (z - _per_channel(self.mean)) / _per_channel(self.scale)
 
     def restore(self, x0: Tensor) -> Tensor:  # (B,C,H,W) x0 -> (B,C,H,W) raw
-        self._require_measured()
+        self.require_measured()
         return x0 * _per_channel(self.scale) + _per_channel(self.mean)
 
     def preview(self, x0: Tensor) -> Tensor:  # (B,C,H,W) -> (B,3,H,W) in [-1, 1]
@@ -158,7 +158,7 @@ class LatentSpace(nn.Module):
         self.preview_weight.copy_(solution[:-1].mT)
         self.preview_bias.copy_(solution[-1])
 
-    def _require_measured(self) -> None:
+    def require_measured(self) -> None:
         if not self.measured:
             raise ConfigError(
                 "the autoencoder's latents have no mean and scale yet, so x0 has no units: train the autoencoder with "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from ldm.metrics.evaluation import Evaluation
+
+MOST_TRAINING = 50_000  # training pictures that are compared with
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 
 
@@ -32,6 +37,27 @@ class NearestTraining(Metric):
         # Not a state: every process holds the same training pictures, and no reset should forget them.
         self._reference: list[Tensor] = []
         self.add_state("distances", [], dist_reduce_fx="cat")
+
+    def score(self, evaluation: Evaluation) -> dict[str, float]:
+        """Of what was drawn, seen/nearest/median and so on, and of real pictures that were held out of the training."""
+        if not evaluation.drawn:
+            return {}
+        self._reference = []
+        for batch in evaluation.real("train", MOST_TRAINING):
+            self.add_reference(batch)
+        scores: dict[str, float] = {}
+        for half, drawn in evaluation.drawn.items():
+            scores |= self._of(f"{half}/nearest", [drawn.pictures])
+        for split in ("val", "unseen"):
+            if split in evaluation.splits:
+                scores |= self._of(f"held_out_{split}/nearest", evaluation.real(split, evaluation.count))
+        return scores
+
+    def _of(self, name: str, batches: Iterable[Tensor]) -> dict[str, float]:
+        self.reset()
+        for batch in batches:
+            self.update(batch)
+        return {f"{name}/{k}": v for k, v in self.compute().items()} if self.distances else {}
 
     def add_reference(self, images: Tensor) -> None:
         """Training pictures (N, 3, H, W) in [-1, 1]; kept as uint8 on the CPU."""

@@ -10,6 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.utilities import dim_zero_cat
 
+from ldm.metrics.evaluation import Evaluation
+
 PSNR_MAX = 100.0  # an exact copy has an infinite one, which no mean survives
 
 
@@ -28,6 +30,15 @@ class Reconstruction(Metric):
         """Reconstructions and what they should be; both are measured as pixels in [0, 1]."""
         images, target = (((x.float() + 1) / 2).clamp(0, 1) for x in (images, target))
         self.values.append(torch.stack([psnr(images, target), ssim(images, target)], dim=1))
+
+    def score(self, evaluation: Evaluation) -> dict[str, float]:
+        """Of the validation pictures: reconstruction/psnr and so on."""
+        if "val" not in evaluation.splits:
+            return {}
+        self.reset()
+        for batch in evaluation.real("val", None):
+            self.update(evaluation.reconstruct(batch), batch)
+        return {f"reconstruction/{k}": v for k, v in self.compute().items()}
 
     def compute(self) -> dict[str, float]:
         """{psnr, psnr/se, ssim, ssim/se, n}."""

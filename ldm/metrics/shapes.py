@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from ldm.metrics.evaluation import Evaluation
+
 FIGURE_COLOURS = {
     "red": (230, 25, 35),
     "orange": (255, 140, 0),
@@ -77,6 +79,15 @@ class ShapeScore(Metric):
             self.asked[row] += asked.sum()
             self.right[row] += (asked & (equal | ~mentioned).all(dim=0)).sum()
         self.seen += len(captions)
+
+    def score(self, evaluation: Evaluation) -> dict[str, float]:
+        """Of each half of the captions, where they are the shapes': seen/colour and so on."""
+        scores: dict[str, float] = {}
+        for half, drawn in evaluation.drawn.items() if evaluation.facts.get("source") == "shapes" else ():
+            self.reset()
+            self.update(drawn.pictures, list(drawn.captions))
+            scores |= {f"{half}/{k}": v for k, v in self.compute().items()}
+        return scores
 
     def compute(self) -> dict[str, float]:
         """{colour: 0.98, colour/low: 0.96, colour/high: 0.99, colour/chance: 0.125, colour/n: 256, ..., n: 256}."""

@@ -19,7 +19,7 @@ from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards, file_name, ope
 from ldm.data.sources.item import Item, Reject
 from ldm.data.writer import Written, write_dataset
 from ldm.errors import ConfigError
-from ldm.training.assemble import load_trained
+from ldm.training.assemble import load_trained, task_device
 from ldm.training.autoencoder import to_unit
 from ldm.training.checkpoints import read_manifest, take_parts
 from ldm.training.loading import as_ours
@@ -46,8 +46,8 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
     if not config["checkpoint"] or not config["shards"]:
         raise ConfigError("task=encode needs shards=PATH (of images) and checkpoint=RUN (a trained autoencoder).")
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
-    autoencoder = parts.autoencoder.eval()
-    autoencoder.latents.standardise(torch.zeros(1, len(autoencoder.latents.mean), 1, 1))  # refused when unmeasured
+    autoencoder = parts.for_sampling().to(task_device()).autoencoder
+    autoencoder.latents.require_measured()
     fraction, flip = config["data"]["validation_fraction"], config["data"]["flip"]
     fields = fields_of(config["data"])
     names = split_names(config["shards"], fraction, fields)
@@ -77,7 +77,8 @@ def _items(
     shards: Shards, split: str, autoencoder: Autoencoder, size: int, batch_size: int, flip: bool
 ) -> Iterator[Item | Reject]:
     def moments(images: torch.Tensor) -> np.ndarray:
-        return autoencoder.encode(images).moments().half().numpy()
+        on_device = images.to(autoencoder.latents.mean.device)
+        return autoencoder.encode(on_device).moments().half().cpu().numpy()
 
     for batch, bad in sequential(shards, size, batch_size, fields=shards.reading.optional()):
         yield from (Reject(b.key, b.error.reason, str(b.error)) for b in bad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torchmetrics import Metric
 
+from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.data.captions import SampleError
@@ -22,14 +22,12 @@ from ldm.data.samples import sequential
 from ldm.data.shards import Shards, open_split, split_names
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
-from ldm.metrics.nearest import NearestTraining
-from ldm.metrics.reconstruction import Reconstruction
-from ldm.metrics.shapes import ShapeScore
+from ldm.metrics.evaluation import Drawn, Evaluation, Scored
 from ldm.pictures import grid
 from ldm.pipeline import Pipeline
 from ldm.sampling import Sampler
 from ldm.tasks.measured import check_optimized, of_evaluation
-from ldm.training.assemble import load_trained
+from ldm.training.assemble import load_trained, task_device
 from ldm.training.autoencoder import to_unit
 from ldm.training.checkpoints import run_of
 from ldm.training.loading import as_ours
@@ -72,24 +70,15 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     before = read_json(output / "evaluation.json")
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return {k: math.nan if v is None else v for k, v in before["metrics"].items()}, output
-    metrics = _metrics(config["metric"])
+    metrics = built_metrics(config["metric"])
     images = _image_shards(shards, fields)
-    size = trained["image_size"]
     output.mkdir(parents=True, exist_ok=True)
-    result = _reconstruction(metrics, parts.for_sampling().autoencoder, images, size)
+    parts.for_sampling().to(task_device())
+    pipe = None
     if parts.denoiser is not None and parts.text_encoder is not None:
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
-        for half, captions in _captions(images, asked["eval_images"], config["seed"]).items():
-            drawn = _draw(pipe, captions, asked, size)
-            grid(drawn[:32], captions[:32]).save(output / f"{half}.png")
-            result |= {f"{half}/{k}": v for k, v in _shape_score(metrics, images, drawn, captions).items()}
-            result |= {f"{half}/nearest/{k}": v for k, v in _nearest(metrics, images, drawn, size).items()}
-        for split in ("val", "unseen"):
-            if split in images:
-                held_out = torch.cat(list(_pictures(images[split], size, asked["eval_images"])))
-                distances = _nearest(metrics, images, held_out, size)
-                result |= {f"held_out_{split}/nearest/{k}": v for k, v in distances.items()}
+    result = scores(metrics, _evaluation(pipe, parts.autoencoder, images, trained["image_size"], asked, output))
     strange = {k: v for k, v in result.items() if not math.isfinite(v)}
     if strange:
         print(f"not finite, and null in evaluation.json: {', '.join(f'{k} is {v}' for k, v in strange.items())}")
@@ -98,21 +87,76 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     return result, output
 
 
+def _evaluation(
+    pipe: Pipeline | None,
+    autoencoder: Autoencoder,
+    images: dict[str, Shards],
+    size: int,
+    asked: dict[str, Any],
+    output: Path,
+) -> Evaluation:
+    """Everything that metrics look at; what was drawn is also left as a sheet a half."""
+    drawn = {}
+    for half, captions in _captions(images, asked["eval_images"], asked["seed"]).items() if pipe else ():
+        assert pipe is not None
+        drawn[half] = Drawn(_draw(pipe, captions, asked, size), captions)
+        grid(drawn[half].pictures[:32], captions[:32]).save(output / f"{half}.png")
+
+    def real(split: str, limit: int | None = None) -> Iterator[Tensor]:
+        return _pictures(images[split], size, limit)
+
+    @torch.no_grad()
+    def reconstruct(pictures: Tensor) -> Tensor:
+        latent = autoencoder.encode(pictures.to(autoencoder.latents.mean.device)).mode()
+        return autoencoder.decode(latent).float().clamp(-1, 1).cpu()
+
+    return Evaluation(list(images), real, reconstruct, drawn, asked["eval_images"], images["train"].facts)
+
+
 def _same(path: str, other: str | None) -> bool:
     return bool(other) and Path(path).resolve() == Path(str(other)).resolve()
 
 
-def _metrics(node: dict[str, Any] | None) -> list[Metric]:
-    nodes = [] if not node else [node] if "_target_" in node else list(node.values())
-    return [build(n, "metric") for n in nodes]
+def built_metrics(node: dict[str, Any] | None) -> dict[str, Scored]:
+    """The metrics of a configuration by their names; ConfigError for one that cannot be asked."""
+    nodes = {} if not node else {"": node} if "_target_" in node else node
+    made = {f"metric.{name}".rstrip("."): build(n, f"metric.{name}") for name, n in nodes.items() if n}
+    for name, metric in made.items():
+        if not isinstance(metric, Scored):
+            raise ConfigError(
+                f"{name}={type(metric).__module__}.{type(metric).__name__} has no method score(evaluation) that gives "
+                "{name: number}, so nothing would ask it: write a class that has one around it, as in "
+                "ldm/metrics/reconstruction.py (CONTRIBUTING.md), or leave it out."
+            )
+    return made
 
 
-def _of(metrics: list[Metric], kind: type[Metric]) -> Any:
-    for metric in metrics:
-        if isinstance(metric, kind):
-            metric.reset()
-            return metric
-    return None
+@torch.no_grad()
+def scores(metrics: dict[str, Scored], evaluation: Evaluation) -> dict[str, float]:
+    """What all metrics say, as floats; what is no score is said in a line each and left out."""
+    result: dict[str, float] = {}
+    for name, metric in metrics.items():
+        given = metric.score(evaluation)
+        if not isinstance(given, Mapping):
+            print(f"{name}: score gave {type(given).__name__}, not {{name: number}}: it is left out.")
+            continue
+        for key, value in given.items():
+            number = _number(value)
+            if not isinstance(key, str) or number is None:
+                print(f"{name}: {key!r} is {type(value).__name__}, not a number under a name: it is left out.")
+            elif key in result:
+                print(f"{name}: another metric has said {key!r} already: this one is left out.")
+            else:
+                result[key] = number
+    return result
+
+
+def _number(value: Any) -> float | None:
+    """Real numbers and tensors or arrays of one; None for all else."""
+    try:
+        return None if isinstance(value, str | bytes | bool | complex) or value is None else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
 def _image_shards(path: str | None, fields: Fields) -> dict[str, Shards]:
@@ -165,36 +209,5 @@ def _draw(pipe: Pipeline, captions: list[str], asked: dict[str, Any], size: int)
             spacing=asked["grid"],
             **settings,
         )
-        drawn.append(pipe.sampler.sample(request))
+        drawn.append(pipe.sampler.sample(request).cpu())
     return torch.cat(drawn)
-
-
-@torch.no_grad()
-def _reconstruction(metrics: list[Metric], autoencoder: Any, images: dict[str, Shards], size: int) -> dict[str, float]:
-    metric = _of(metrics, Reconstruction)
-    if metric is None or "val" not in images:
-        return {}
-    for batch in _pictures(images["val"], size):
-        metric.update(autoencoder.decode(autoencoder.encode(batch).mode()).clamp(-1, 1), batch)
-    return {f"reconstruction/{k}": float(v) for k, v in metric.compute().items()}
-
-
-def _shape_score(
-    metrics: list[Metric], images: dict[str, Shards], drawn: Tensor, captions: list[str]
-) -> dict[str, float]:
-    metric = _of(metrics, ShapeScore)
-    if metric is None or images["train"].facts.get("source") != "shapes":
-        return {}
-    metric.update(drawn, captions)
-    return metric.compute()
-
-
-def _nearest(metrics: list[Metric], images: dict[str, Shards], drawn: Tensor, size: int) -> dict[str, float]:
-    metric = _of(metrics, NearestTraining)
-    if metric is None:
-        return {}
-    if not metric._reference:
-        for batch in _pictures(images["train"], size, 50_000):
-            metric.add_reference(batch)
-    metric.update(drawn)
-    return metric.compute()

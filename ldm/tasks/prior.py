@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from ldm.config import digest
@@ -17,6 +16,7 @@ from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.prepare import prepare_shards
+from ldm.training.assemble import task_device
 from ldm.training.checkpoints import find, read_manifest
 
 
@@ -74,8 +74,7 @@ def draw_class_pictures(config: Mapping[str, Any]) -> Path:
         return folder
     print(f"class pictures: {len(there)} in {folder}; drawing {len(missing)} of '{prompt}'", flush=True)
     pipe = Pipeline.load(config["checkpoint"], weights=config["weights"])
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+    pipe.to(task_device())
     asked = {k: config[k] for k in ("num_steps", "guidance", "guidance_rescale")}
     asked |= {"height": config["image_size"], "width": config["image_size"]}
     try:

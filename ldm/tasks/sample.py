@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -21,6 +20,7 @@ from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
 from ldm.text import reading
+from ldm.training.assemble import task_device
 from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
@@ -43,8 +43,7 @@ def sample(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         config[name] = value
     for path, weight in _adapters(config):
         pipe.load_adapter(path, weight)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+    pipe.to(task_device())
     request = _request(pipe, config, prompts)
     output = Path(config.output) if config.output else _default_output(config, pipe, request)
     taken = next(p for p in (output, *output.absolute().parents) if p.exists())

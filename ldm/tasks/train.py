@@ -22,7 +22,7 @@ from ldm.formats.whole import written_whole
 from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
 from ldm.tasks.encode import encode_shards
-from ldm.tasks.evaluate import evaluate_run
+from ldm.tasks.evaluate import built_metrics, evaluate_run
 from ldm.tasks.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
@@ -168,6 +168,8 @@ class Stages:
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
         for stage in self.stages:
             check(self.configured(stage))
+            if stage == "evaluate":  # refused now, not after hours
+                built_metrics(plain(self.configured(stage))["metric"])
         check_builds(plain(self.configured(self.stages[-1])))
         if config.optimized_metric:
             check_optimized(config.optimized_metric, self.measured())

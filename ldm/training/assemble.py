@@ -53,11 +53,25 @@ class Parts:
             module.eval().requires_grad_(False)
         return self
 
+    def to(self, device: str | torch.device) -> Parts:
+        """Moves all of it, adapters too."""
+        for module in (*self.modules().values(), *self.adapters.values()):
+            module.to(device)
+        return self
+
     def modules(self) -> dict[str, nn.Module]:
         """What checkpoints hold, by the name that it has there."""
         if self.denoiser is None or self.text_encoder is None:
             return {"vae": self.autoencoder}
         return {"vae": self.autoencoder, "unet": self.network, "text_encoder": self.text_encoder}
+
+
+def task_device() -> str:
+    """Where tasks that draw, encode or evaluate in one process compute: on the GPU where there is one.
+
+    Apple's is left out: it has no float64, which the schedulers' levels are in.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_parts(config: Config, tokenizer: Path | None = None, device: str = "cpu") -> Parts:

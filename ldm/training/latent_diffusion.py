@@ -112,7 +112,7 @@ class LatentDiffusion(TrainedModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.autoencoder.latents.standardise(torch.zeros(1, len(self.autoencoder.latents.mean), 1, 1).to(self.device))
+        self.autoencoder.latents.require_measured()
 
     def latents(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor:
         """x0 of a batch, (B,C,h,w): a sample of the posterior, standardised; from the cache where there is one."""
