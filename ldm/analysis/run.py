@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.training.run_directory import read_json
-from ldm.training.totals import TIME_BINS
+from ldm.training.totals import bin_times, binned
 
 Scalars = dict[str, Any]
 
@@ -142,11 +142,11 @@ class Run:
 
     def _by_t(self, prefix: str, value: str) -> pd.DataFrame:
         metrics = self.metrics
-        columns = {f"{prefix}/{i}": i for i in range(TIME_BINS) if f"{prefix}/{i}" in metrics}
+        columns = {name: i for i, name in enumerate(binned(prefix)) if name in metrics}
         frame = metrics[["step", *columns]].rename(columns=columns)  # type: ignore[call-overload]
         frame = frame.melt(id_vars="step", var_name="bin", value_name=value).dropna().sort_values(["step", "bin"])
         frame = frame.astype({"step": int, "bin": int, value: float})
-        return frame.assign(t=(frame["bin"] + 0.5) / TIME_BINS).reset_index(drop=True)
+        return frame.assign(t=frame["bin"].map(dict(enumerate(bin_times()))).astype(float)).reset_index(drop=True)
 
     def _find(self, path: str) -> Path:
         """A path as stages.json has it: relative to the run, so that outputs/ may move as a whole."""
@@ -192,7 +192,7 @@ def _sigmas(scheduler: dict[str, Any]) -> dict[int, float]:
     from ldm.build import build
 
     made = build(scheduler, "scheduler")
-    levels = [made.level(made.snap((i + 0.5) / TIME_BINS)) for i in range(TIME_BINS)]
+    levels = [made.level(made.snap(t)) for t in bin_times()]
     return {i: float(level.ratio) for i, level in enumerate(levels)}
 
 

@@ -32,9 +32,8 @@ from ldm.training.masks import RandomMasks
 from ldm.training.module import Recipe, TrainedModule
 from ldm.training.prior import PriorImages
 from ldm.training.randomness import Draws, normal, stratified, uniform
-from ldm.training.totals import Totals, binned
+from ldm.training.totals import Totals, bin_times, binned
 
-VALIDATION_TIMES = 10  # the fixed grid of t at which every validation image is denoised
 # Standardised latents have mean 0 and deviation 1 in every channel.
 _STANDARD_NORMAL = Gaussian(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
 
@@ -219,8 +218,8 @@ class LatentDiffusion(TrainedModule):
         concat = self.masked(batch, "validation_mask", 0, positions)
         cond, values = replace(self.condition(captions), concat=concat), {}
         losses, gaussian_losses = [], []
-        for i in range(VALIDATION_TIMES):
-            t = torch.full((len(x0),), (i + 0.5) / VALIDATION_TIMES, dtype=torch.float64)
+        for i, time in enumerate(bin_times()):
+            t = torch.full((len(x0),), time, dtype=torch.float64)
             level = self.denoiser.scheduler.level(self.denoiser.scheduler.snap(t)).to(x0.device)
             eps = normal(x0.shape[1:], seed, f"validation_noise_{i}", 0, positions).to(x0)
             x_t = right_pad(level.alpha, x0) * x0 + right_pad(level.sigma, x0) * eps
@@ -239,10 +238,9 @@ class LatentDiffusion(TrainedModule):
     def validation_pictures(self, values: dict[str, float]) -> dict[str, Image.Image]:
         """The error of the jump to x0 against sigma: late jumps are sharp, early ones an average."""
         scheduler = self.denoiser.scheduler
-        times = [scheduler.snap((i + 0.5) / VALIDATION_TIMES) for i in range(VALIDATION_TIMES)]
-        levels = [scheduler.level(t) for t in times]
+        levels = [scheduler.level(scheduler.snap(t)) for t in bin_times()]
         sigmas = [float(level.ratio) for level in levels]
-        errors = [values[f"val/x0_error_by_t/{i}"] for i in range(VALIDATION_TIMES)]
+        errors = [values[f"val/x0_error_by_t/{i}"] for i in range(len(levels))]
         gaussian = [float(_STANDARD_NORMAL.irreducible_loss(level)) for level in levels]
         lines = {"model": errors, "mean and variance known": gaussian}
         return {"x0_error": curves(sigmas, lines, "sigma / alpha", "squared error of the jump")}

@@ -24,6 +24,7 @@ class Losses(L.Callback):
         self.every_n_steps = every_n_steps
         self.window: Totals | None = None
         self._restored: torch.Tensor | None = None
+        self._rate = math.nan
         self.last = math.nan  # loss of the last step, for the progress bar
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -31,6 +32,11 @@ class Losses(L.Callback):
         self.window = Totals(pl_module.totals.names)
         if self._restored is not None:
             self.window.values.copy_(self._restored)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._rate = optimizer.param_groups[0]["lr"]  # at the batch's end the schedule is at the next step's already
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,8 +55,7 @@ class Losses(L.Callback):
         self.window.merge(pl_module.totals)
         pl_module.totals.reset()
         if step % self.every_n_steps == 0:
-            learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-            log_metrics(trainer, {**self.window.means(), "train/learning_rate": learning_rate}, step)
+            log_metrics(trainer, {**self.window.means(), "train/learning_rate": self._rate}, step)
             self.window.reset()
 
     def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
