@@ -11,7 +11,7 @@ from draws import generator, randn
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian, GaussianMixture
-from ldm.diffusion.grids import linspace
+from ldm.diffusion.grids import leading, linspace
 from ldm.diffusion.levels import Level
 from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.schedulers import EDM, Flow, ScaledLinear, Sigmoid
@@ -282,11 +282,12 @@ def test_no_denoiser_beats_the_irreducible_loss():
     [
         (lambda: build("parameterization", "eps").check(build("scheduler", "flow")), "parameterization=v"),
         (lambda: build("sampler", "ddim").levels(build("scheduler", "cosine"), 0), "num_steps=0"),
-        (lambda: build("sampler", "ddim").levels(build("scheduler", "cosine"), 1001), "1000 or fewer"),
+        (lambda: build("sampler", "ddim").levels(build("scheduler", "cosine"), 1001), "num_steps=1000"),
         (lambda: build("sampler", "euler").with_eta(0.5), "sampler=ddim"),
         (lambda: build("sampler", "add_back").levels(build("scheduler", "flow"), 5), "sampler=euler"),
         (lambda: build("sampler", "add_back").levels(build("scheduler", "cosine"), 5, linspace), "leave grid= out"),
-        (lambda: build("grid", "leading")(build("scheduler", "cosine"), 1000), "grid.offset=0"),
+        (lambda: build("sampler", "ddim").levels(build("scheduler", "cosine"), 1000, leading), "use num_steps=999"),
+        (lambda: leading(build("scheduler", "cosine"), 10, -1), "grid.offset=-1.*0 or 1"),
         (lambda: Sigmoid(temperature=0.0), "temperature"),
         (lambda: Flow(shift=0.0), "shift"),
         (lambda: EDM(sigma_min=0.0), "sigma_min"),

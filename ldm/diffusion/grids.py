@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.levels import Level, Levels, floats
-from ldm.diffusion.schedulers import Scheduler, Table
+from ldm.diffusion.schedulers import Scheduler, Table, check_number
 from ldm.errors import ConfigError
 
 
@@ -29,6 +29,9 @@ class Positions(list[float]):
 
 Spacing = Callable[[Scheduler, int], list[float]]  # times, or Positions; noisiest first
 
+_MOST_STEPS = 100_000
+_TRIED = 1000  # numbers of steps that a refusal looks through for one that works
+
 # Solvers that divide by alpha stand here instead of at alpha = 0 (alpha_bar = 2^-24, sigma/alpha 4096 less a little).
 _NEARLY_PURE_NOISE = math.sqrt(2.0**24 - 1)
 
@@ -42,14 +45,13 @@ def linspace(scheduler: Scheduler, num_steps: int) -> list[float]:
 
 
 def leading(scheduler: Scheduler, num_steps: int, offset: int = 1) -> list[float]:
-    """Entries offset, offset + N//n, ... (as Ho et al. 2020 sampled; Stable Diffusion moved it by 1)."""
+    """Entries offset, offset + N//n, ... (as Ho et al. 2020 sampled; Stable Diffusion moved it by 1).
+
+    They may reach above t = 1: then there are no such levels, and a sampler refuses.
+    """
     n = scheduler.num_train_timesteps
+    check_number("grid.offset", offset, 0, n - 1, "0 or 1", whole=True)
     stride = n // num_steps
-    if num_steps * stride and (num_steps - 1) * stride + offset >= n:
-        raise ConfigError(
-            f"grid=leading with offset={offset} and num_steps={num_steps} would need entry "
-            f"{(num_steps - 1) * stride + offset} of {n}: use num_steps={n // 2} or fewer, or grid.offset=0."
-        )
     return [((num_steps - 1 - i) * stride + offset + 1) / n for i in range(num_steps)]
 
 
@@ -96,8 +98,12 @@ def distilled(scheduler: Scheduler, num_steps: int, steps: int = 50) -> list[flo
             "use another sampler=, or a distilled model of scheduler=scaled_linear."
         )
     if num_steps > steps:
-        raise ConfigError(f"num_steps={num_steps}: the model was distilled on {steps} steps; use 4 to 8.")
+        raise ConfigError(
+            f"num_steps={num_steps}: the model was distilled on {steps} steps; use num_steps={steps} or fewer (4 to 8 "
+            "are usual)."
+        )
     n = scheduler.num_train_timesteps
+    check_number("distilled steps", steps, 1, n, 50, whole=True)
     return [(steps - i * steps // num_steps) * (n // steps) / n for i in range(num_steps)]
 
 
@@ -118,7 +124,8 @@ class Conventions:
     """What published samplers do differently on the same spacing.
 
     rounded: "all": times are rounded to the table's entries, positions are kept and what the network is told becomes
-        whole; "karras": only what it is told at positions that round; "none".
+        whole; "cut": the same, but always cut off; "karras": only what it is told at positions that round; "none".
+        Times of `trailing` are rounded always.
     extra_point: on linspace and leading, n steps are the first n of n + 1 points.
     second_twice: the second level is visited twice (pseudo linear multistep methods begin so).
     last: the level after the last step: no noise at all, or the table's first entry.
@@ -126,7 +133,7 @@ class Conventions:
     pure_noise: whether the solver takes alpha = 0, or stands a little before it.
     """
 
-    rounded: Literal["all", "karras", "none"] = "all"
+    rounded: Literal["all", "cut", "karras", "none"] = "all"
     extra_point: bool = False
     second_twice: bool = False
     last: Literal["zero", "entry"] = "zero"
@@ -135,16 +142,15 @@ class Conventions:
 
     def levels(self, scheduler: Scheduler, num_steps: int, spacing: Spacing) -> Levels:
         """The n + 1 levels of n steps. Raises ConfigError when there are no n of them."""
-        if num_steps < 1:
-            raise ConfigError(f"num_steps={num_steps}: sampling needs at least one step, for example num_steps=30.")
-        of_entries = (spacing.func if isinstance(spacing, partial) else spacing) in (linspace, leading)
-        points = spacing(scheduler, num_steps + 1 if self.extra_point and of_entries else num_steps)
-        whole = points.whole if isinstance(points, Positions) else None
-        levels = self._levels(scheduler, torch.tensor(points[:num_steps], dtype=torch.float64), whole)
-        if len({level.ratio for level in levels}) < num_steps:
+        check_number("num_steps", num_steps, 1, _MOST_STEPS, 30, whole=True)
+        levels = self._distinct(scheduler, num_steps, spacing)
+        if not levels:
+            fewer = range(min(num_steps - 1, scheduler.num_train_timesteps), 0, -1)[:_TRIED]
+            fitting = next((n for n in fewer if self._distinct(scheduler, n, spacing)), None)
             raise ConfigError(
-                f"num_steps={num_steps} is more than the scheduler's {scheduler.num_train_timesteps} timesteps "
-                f"can tell apart: use num_steps={scheduler.num_train_timesteps} or fewer."
+                f"num_steps={num_steps}: this grid does not find as many different levels on the scheduler's "
+                f"{scheduler.num_train_timesteps} timesteps: "
+                + (f"use num_steps={fitting}." if fitting else "use grid=trailing, or a smaller offset.")
             )
         last = scheduler.level_at(0.0) if self.last == "zero" else scheduler.level(scheduler.first_time)
         keeps_signal = levels[0].alpha == 1  # EDM: noise is added to data of full size, and has no other scale
@@ -154,16 +160,28 @@ class Conventions:
             levels.insert(1, levels[1])
         return Levels([*levels, last], start, scheduler.coordinate, scheduler, num_steps)
 
+    def _distinct(self, scheduler: Scheduler, num_steps: int, spacing: Spacing) -> list[Level]:
+        """The levels before the last one; none where two of them are one, or lie above t = 1."""
+        grid = spacing.func if isinstance(spacing, partial) else spacing
+        points = spacing(scheduler, num_steps + (self.extra_point and grid in (linspace, leading)))
+        whole = points.whole if isinstance(points, Positions) else None
+        if whole is None and points[0] > 1 + 1e-9:
+            return []
+        times = torch.tensor(points[:num_steps], dtype=torch.float64)
+        levels = self._levels(scheduler, torch.as_tensor(scheduler.snap(times)) if grid is trailing else times, whole)
+        return levels if len({level.ratio for level in levels}) == num_steps else []
+
     def _levels(self, scheduler: Scheduler, points: Tensor, whole: Callable[[float], int] | None) -> list[Level]:
         if whole is not None:
-            wanted = self.rounded == "all" or (self.rounded == "karras" and whole is round)
+            whole = math.floor if self.rounded == "cut" else whole
+            wanted = self.rounded in ("all", "cut") or (self.rounded == "karras" and whole is round)
             levels = floats(scheduler.level_at_position(points))
             if not (wanted and scheduler.coordinate == "ratio" and scheduler.first_time > 0):
                 return levels
             # Inverting the table and back misses entries by 1e-12, which cutting off must not see.
             # Cutting off takes 999 to 998, as where these grids were published: rounding leaves it just below 999.
             return [lv._replace(timestep=max(0, whole(float(lv.timestep) - 1e-9))) for lv in levels]
-        levels = floats(scheduler.level(scheduler.snap(points) if self.rounded == "all" else points))
+        levels = floats(scheduler.level(scheduler.snap(points) if self.rounded in ("all", "cut") else points))
         if scheduler.coordinate == "ratio" and not self.pure_noise:
             nearly = scheduler.level_at(_NEARLY_PURE_NOISE)
             return [lv if lv.alpha else lv._replace(alpha=nearly.alpha, sigma=nearly.sigma) for lv in levels]
@@ -178,5 +196,8 @@ def _range(scheduler: Scheduler, num_steps: int, ends: Spacing | None = None) ->
     """The positions of the least and most noisy entry, or of the last and first point of `ends`; finite, above 0."""
     first = max(scheduler.first_time, 1e-9) if scheduler.coordinate == "sigma" else scheduler.first_time
     times = [1.0, first] if ends is None else ends(scheduler, num_steps)
-    low, top = (float(scheduler.level(t).position(scheduler.coordinate)) for t in (times[-1], times[0]))
+    low, top = (
+        float(scheduler.level(scheduler.snap(min(t, 1.0))).position(scheduler.coordinate))
+        for t in (times[-1], times[0])
+    )
     return low, top if math.isfinite(top) else _NEARLY_PURE_NOISE

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.levels import Coordinate, Level, Number
 from ldm.errors import ConfigError
+
+_MOST_TIMESTEPS = 1_000_000  # what a table may have: a thousand times the usual number, and still 8 MB
+
+
+def check_number(
+    what: str, value: Any, low: float, high: float, example: float | str, whole: bool = False, remedy: str = "use"
+) -> None:
+    """ConfigError unless the value is a (whole) number from low to high; nothing is allocated for one that is not."""
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        shown = textwrap.shorten(str(value), 60, placeholder=" ...")
+        raise ConfigError(
+            f"{what}={shown} must be a {'whole ' if whole else ''}number from {low:.7g} to {high:.7g}: "
+            f"{remedy} {example}."
+        )
 
 
 class Scheduler(ABC):
@@ -69,6 +86,11 @@ class Table(Scheduler):
             root = alpha_bar.sqrt()
             alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         self.num_train_timesteps = len(betas)
+        if not bool((alpha_bar[1:] < alpha_bar[:-1]).all() and alpha_bar[-2] > 0):
+            raise ConfigError(
+                f"{len(betas)} betas from {betas.min():.3g} to {betas.max():.3g} leave no signal long before the last "
+                "timestep: choose smaller beta_start and beta_end, or fewer num_train_timesteps."
+            )
         self.ratios = ((1 - alpha_bar) / alpha_bar).sqrt()  # sigma/alpha, (N,); the last may be infinite
         # Index -1 stands for t = 0, where there is no noise.
         self._nodes = torch.cat([torch.zeros(1, dtype=torch.float64), self.ratios])
@@ -126,6 +148,7 @@ class Linear(Table):
         num_train_timesteps: int = 1000,
         zero_terminal_snr: bool = False,
     ):
+        _check_table(num_train_timesteps, beta_start=beta_start, beta_end=beta_end)
         betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
         super().__init__(betas, zero_terminal_snr)
 
@@ -140,6 +163,7 @@ class ScaledLinear(Table):
         num_train_timesteps: int = 1000,
         zero_terminal_snr: bool = False,
     ):
+        _check_table(num_train_timesteps, beta_start=beta_start, beta_end=beta_end)
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
         super().__init__(roots**2, zero_terminal_snr)
 
@@ -154,6 +178,7 @@ class Cosine(Table):
         num_train_timesteps: int = 1000,
         zero_terminal_snr: bool = False,
     ):
+        _check_table(num_train_timesteps, offset=offset, max_beta=max_beta)
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
         super().__init__(_betas(alpha_bar, max_beta), zero_terminal_snr)
@@ -171,11 +196,12 @@ class Sigmoid(Table):
         num_train_timesteps: int = 1000,
         zero_terminal_snr: bool = False,
     ):
-        if not start < end or temperature <= 0:
-            raise ConfigError(
-                f"scheduler.start={start}, end={end}, temperature={temperature}: start must be below end and the "
-                "temperature above 0, for example -3, 3 and 1."
-            )
+        _check_table(num_train_timesteps, max_beta=max_beta)
+        for name, value in (("start", start), ("end", end)):
+            check_number(f"scheduler.{name}", value, -100, 100, "-3 and 3")
+        check_number("scheduler.temperature", temperature, 1e-3, 1e3, 1)
+        if not start < end:
+            raise ConfigError(f"scheduler.start={start} must be below end={end}, for example -3 and 3.")
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         first, last = torch.sigmoid(torch.tensor([start, end], dtype=torch.float64) / temperature)
         alpha_bar = (last - torch.sigmoid((start + t * (end - start)) / temperature)) / (last - first)
@@ -191,8 +217,7 @@ class Flow(Scheduler):
     coordinate: Coordinate = "sigma"
 
     def __init__(self, shift: float = 1.0):
-        if shift <= 0:
-            raise ConfigError(f"scheduler.shift={shift} must be above 0: 1 leaves time as it is, 3 suits 1024 pixels.")
+        check_number("scheduler.shift", shift, 1e-3, 1e3, "1, which leaves time as it is, or 3 for 1024 pixels")
         self.shift = shift
 
     def level(self, t: Number) -> Level:
@@ -216,10 +241,13 @@ class EDM(Scheduler):
     def __init__(
         self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float | None = 1.0
     ):
-        if not 0 < sigma_min < sigma_max:
-            raise ConfigError(
-                f"scheduler.sigma_min={sigma_min} and sigma_max={sigma_max}: they must be above 0 and in this order."
-            )
+        check_number("scheduler.sigma_min", sigma_min, 1e-6, 1e6, 0.002)
+        check_number("scheduler.sigma_max", sigma_max, 1e-6, 1e6, 80)
+        check_number("scheduler.rho", rho, 0.1, 100, 7)
+        if sigma_data is not None:
+            check_number("scheduler.sigma_data", sigma_data, 1e-3, 1e3, 1)
+        if not sigma_min < sigma_max:
+            raise ConfigError(f"scheduler.sigma_min={sigma_min} must be below sigma_max={sigma_max}.")
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
@@ -240,6 +268,12 @@ class EDM(Scheduler):
         if isinstance(sigma, Tensor):
             return Level(t, torch.ones_like(sigma), sigma, known)
         return Level(t, 1.0, sigma, known.item())
+
+
+def _check_table(num_train_timesteps: int, **betas: float) -> None:
+    check_number("scheduler.num_train_timesteps", num_train_timesteps, 2, _MOST_TIMESTEPS, 1000, whole=True)
+    for name, value in betas.items():
+        check_number(f"scheduler.{name}", value, 0, 1, "the default")
 
 
 def _betas(alpha_bar: Tensor, max_beta: float) -> Tensor:

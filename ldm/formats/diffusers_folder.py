@@ -19,6 +19,7 @@ from ldm.formats.known import SCALING
 from ldm.formats.match import expected, filled, settings
 from ldm.formats.open import load
 from ldm.formats.plain_names import unwrapped
+from ldm.formats.schedulers import of_pipeline, sample_size
 from ldm.formats.store import save_tensors
 from ldm.models.inputs import inpainting_channels
 from ldm.text.tokenizer import load_tokenizer, save_tokenizer
@@ -58,12 +59,10 @@ def describe(folder: Path) -> Described:
                 f"{folder} is a {shown(found.get('_class_name'))} with {other}: ldm reads "
                 "pipelines of one U-Net, one KL autoencoder and one CLIP text encoder (Stable Diffusion 1 and 2)."
             )
-    schedule, words = folder / "scheduler/scheduler_config.json", folder / "tokenizer"
-    return _described(
-        {part: folder / part for part in _CLASSES},
-        read_json(schedule) if schedule.is_file() else None,
-        words if words.is_dir() else None,
-    )
+    file, words = folder / "scheduler/scheduler_config.json", folder / "tokenizer"
+    pipeline = str(found.get("_class_name"))
+    schedule = of_pipeline(read_json(file), pipeline) if file.is_file() else None
+    return _described({part: folder / part for part in _CLASSES}, schedule, words if words.is_dir() else None, pipeline)
 
 
 _PASSED_OVER = ("scheduler", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
@@ -73,14 +72,16 @@ def _is_model(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def _described(folders: dict[str, Path], schedule: dict[str, Any] | None, words: Path | None) -> Described:
+def _described(
+    folders: dict[str, Path], schedule: dict[str, Any] | None, words: Path | None, pipeline: str = ""
+) -> Described:
     configs = {part: read_json(folder / "config.json") for part, folder in folders.items()}
     where = {part: f"{folder / 'config.json'}" for part, folder in folders.items()}
     nodes: dict[str, Any] = {PARTS[p]: _NODES[p](c, where[p]) for p, c in configs.items()}
     vae = configs.get("vae", {})
     if "unet" in configs and "vae" in configs:
         pixels = 2 ** (len(nodes["autoencoder"]["block_channels"]) - 1)
-        side = configs["unet"].get("sample_size")
+        side = sample_size(configs["unet"], pipeline)
         nodes["image_size"] = (
             _IMAGE_SIZE if side is None else pixels * whole(side, "sample_size", where["unet"], 1, 2048)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from torch import Tensor
@@ -13,13 +13,27 @@ from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
 def ddim(
-    denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, eta: float = 0.0, s_noise: float = 1.0
+    denoise: Denoise,
+    levels: Levels,
+    x: Tensor,
+    noise: Noise,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    limit_x0: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Song et al. 2021, Equations 12 and 16, for any alpha and sigma."""
+    """Song et al. 2021, Equations 12 and 16, for any alpha and sigma.
+
+    limit_x0: diffusers' clipping, of the x0 that is added alone: the noise beside it stays the network's. The solver's
+        own `limit` (as guided-diffusion published it) makes the noise of the limited x0.
+    """
     for level, after in pairwise(levels):
         x0 = denoise(x, level)
         fresh = s_noise * noise(x) if eta > 0 else None
-        yield (step := Step(level, after, x, x0, renoised(x, x0, level, after, eta, fresh)))
+        x_next = renoised(x, x0, level, after, eta, fresh)
+        if limit_x0 is not None:
+            x0, raw = limit_x0(x0), x0
+            x_next = x_next + after.alpha * (x0 - raw)
+        yield (step := Step(level, after, x, x0, x_next))
         x = step.x_next
 
 

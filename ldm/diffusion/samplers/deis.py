@@ -12,17 +12,19 @@ from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.solver import Denoise, Noise, Step
 
 
-def deis(denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 3) -> Iterator[Step]:
+def deis(
+    denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 3, lower_order_final: bool = True
+) -> Iterator[Step]:
     """Zhang and Chen 2022 (log-rho): slopes interpolated in log(position), integrated exactly; order 1 to 3.
 
-    First order into sigma = 0; in runs of fewer than 15 steps the last step is of order 1, the last but one of 2.
+    First order into sigma = 0; lower_order_final: as in `dpmpp_multistep`.
     """
     history: list[tuple[float, Tensor]] = []  # position and slope, newest first
     for left, (level, after) in zip(range(len(levels) - 2, -1, -1), pairwise(levels), strict=True):
         x0 = denoise(x, level)
         start, end = float(levels.position(level)), float(levels.position(after))
         history = [(start, levels.slope(level, x, x0)), *history][:order]
-        short = left + 1 if levels.num_steps < 15 else order
+        short = left + 1 if lower_order_final and levels.num_steps < 15 else order
         used = history[: 1 if end == 0 else short]
         weights = _integrals([position for position, _ in used], start, end) if len(used) > 1 else [end - start]
         slopes = [(weight, slope) for weight, (_, slope) in zip(weights, used, strict=True)]

@@ -16,10 +16,17 @@ Known = list[tuple[Tensor, float]]  # x0 and half log-SNR, newest first
 
 
 def unipc(
-    denoise: Denoise, levels: Levels, x: Tensor, noise: Noise, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2"
+    denoise: Denoise,
+    levels: Levels,
+    x: Tensor,
+    noise: Noise,
+    order: int = 2,
+    variant: Literal["bh1", "bh2"] = "bh2",
+    lower_order_final: bool = True,
 ) -> Iterator[Step]:
     """Zhao et al. 2023, Algorithms 1 and 2, on x0; variant: B(h) = h ("bh1") or exp(h) - 1 ("bh2").
 
+    lower_order_final: the last steps are of order .., 3, 2, 1. Into sigma = 0 order 1 is the only one.
     Step.x_t is what the network saw; the corrected x is where the step starts from.
     """
     known: Known = []
@@ -30,7 +37,8 @@ def unipc(
         start = x if used == 0 or before.alpha == 0 else _move(corrected, before, level, known[:used], variant, x0)
         if level.alpha > 0:
             known = [(x0, float(level.log_snr) / 2), *known][:order]
-        used = min(order, left, max(1, len(known)))
+        ends = after.sigma in (0, level.sigma)  # a last step of length 0, as in dpmpp_multistep
+        used = 1 if ends else min(order, left if lower_order_final else order, max(1, len(known)))
         newest = known[:used] if level.alpha > 0 else [(x0, -math.inf)]
         yield (step := Step(level, after, x, x0, _move(start, level, after, newest, variant)))
         corrected, before, x = start, level, step.x_next
