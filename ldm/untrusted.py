@@ -93,22 +93,24 @@ def read_text(path: Path, most: int = SETTINGS) -> str:
     return _decoded(read_bytes(path, most), f"{path}")
 
 
-def read_json(path: Path, most: int = SETTINGS) -> dict[str, Any]:
+def read_json(path: Path, most: int = SETTINGS, infinite: bool = False) -> dict[str, Any]:
     """A JSON object. ConfigError in one line for whatever else the file holds."""
-    return parse_json(read_bytes(path, most), f"{path}")
+    return parse_json(read_bytes(path, most), f"{path}", infinite)
 
 
-def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, what: str, infinite: bool = False) -> dict[str, Any]:
     """A JSON object out of a text; `what` opens the message of the ConfigError for anything else.
 
     Stricter than json.loads, so that all readers see the same: a key stands once, NaN and infinities are no numbers.
+    infinite: -Infinity is one, as diffusers writes it for `lambda_min_clipped` of its schedulers.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if data.count(b"[") + data.count(b"{") > LARGEST or data.count(b",") > 4 * LARGEST:
         raise ConfigError(f"{what} holds more than {LARGEST} lists: it is not what it says. Fetch it again.")
     decoded = _decoded(data, what)
+    constant = (lambda name: -math.inf if name == "-Infinity" else _no_number(name)) if infinite else _no_number
     try:
-        found = json.loads(decoded, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        found = json.loads(decoded, object_pairs_hook=_once, parse_constant=constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{what} is not JSON ({shown(error, 120)}): it was cut short or edited. Fetch it again."

@@ -29,9 +29,6 @@ class Positions(list[float]):
 
 Spacing = Callable[[Scheduler, int], list[float]]  # times, or Positions; noisiest first
 
-_MOST_STEPS = 100_000
-_TRIED = 1000  # numbers of steps that a refusal looks through for one that works
-
 # Solvers that divide by alpha stand here instead of at alpha = 0 (alpha_bar = 2^-24, sigma/alpha 4096 less a little).
 _NEARLY_PURE_NOISE = math.sqrt(2.0**24 - 1)
 
@@ -142,10 +139,10 @@ class Conventions:
 
     def levels(self, scheduler: Scheduler, num_steps: int, spacing: Spacing) -> Levels:
         """The n + 1 levels of n steps. Raises ConfigError when there are no n of them."""
-        check_number("num_steps", num_steps, 1, _MOST_STEPS, 30, whole=True)
+        check_number("num_steps", num_steps, 1, 100_000, 30, whole=True)
         levels = self._distinct(scheduler, num_steps, spacing)
         if not levels:
-            fewer = range(min(num_steps - 1, scheduler.num_train_timesteps), 0, -1)[:_TRIED]
+            fewer = range(min(num_steps - 1, scheduler.num_train_timesteps), 0, -1)[:1000]
             fitting = next((n for n in fewer if self._distinct(scheduler, n, spacing)), None)
             raise ConfigError(
                 f"num_steps={num_steps}: this grid does not find as many different levels on the scheduler's "

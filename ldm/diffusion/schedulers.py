@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.levels import Coordinate, Level, Number
 from ldm.errors import ConfigError
+from ldm.untrusted import shown
 
 _MOST_TIMESTEPS = 1_000_000  # what a table may have: a thousand times the usual number, and still 8 MB
 
@@ -22,9 +22,8 @@ def check_number(
     """ConfigError unless the value is a (whole) number from low to high; nothing is allocated for one that is not."""
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        shown = textwrap.shorten(str(value), 60, placeholder=" ...")
         raise ConfigError(
-            f"{what}={shown} must be a {'whole ' if whole else ''}number from {low:.7g} to {high:.7g}: "
+            f"{what}={shown(value)} must be a {'whole ' if whole else ''}number from {low:.7g} to {high:.7g}: "
             f"{remedy} {example}."
         )
 
@@ -197,11 +196,9 @@ class Sigmoid(Table):
         zero_terminal_snr: bool = False,
     ):
         _check_table(num_train_timesteps, max_beta=max_beta)
-        for name, value in (("start", start), ("end", end)):
-            check_number(f"scheduler.{name}", value, -100, 100, "-3 and 3")
+        check_number("scheduler.end", end, -100, 100, 3)
+        check_number("scheduler.start", start, -100, end - 1e-3, -3)
         check_number("scheduler.temperature", temperature, 1e-3, 1e3, 1)
-        if not start < end:
-            raise ConfigError(f"scheduler.start={start} must be below end={end}, for example -3 and 3.")
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         first, last = torch.sigmoid(torch.tensor([start, end], dtype=torch.float64) / temperature)
         alpha_bar = (last - torch.sigmoid((start + t * (end - start)) / temperature)) / (last - first)
@@ -241,13 +238,10 @@ class EDM(Scheduler):
     def __init__(
         self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float | None = 1.0
     ):
-        check_number("scheduler.sigma_min", sigma_min, 1e-6, 1e6, 0.002)
-        check_number("scheduler.sigma_max", sigma_max, 1e-6, 1e6, 80)
+        check_number("scheduler.sigma_max", sigma_max, 1e-5, 1e6, 80)
+        check_number("scheduler.sigma_min", sigma_min, 1e-6, 0.999 * sigma_max, 0.002)
         check_number("scheduler.rho", rho, 0.1, 100, 7)
-        if sigma_data is not None:
-            check_number("scheduler.sigma_data", sigma_data, 1e-3, 1e3, 1)
-        if not sigma_min < sigma_max:
-            raise ConfigError(f"scheduler.sigma_min={sigma_min} must be below sigma_max={sigma_max}.")
+        check_number("scheduler.sigma_data", 1 if sigma_data is None else sigma_data, 1e-3, 1e3, 1)
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 

@@ -61,7 +61,7 @@ def describe(folder: Path) -> Described:
             )
     file, words = folder / "scheduler/scheduler_config.json", folder / "tokenizer"
     pipeline = str(found.get("_class_name"))
-    schedule = of_pipeline(read_json(file), pipeline) if file.is_file() else None
+    schedule = of_pipeline(read_json(file, infinite=True), pipeline) if file.is_file() else None
     return _described({part: folder / part for part in _CLASSES}, schedule, words if words.is_dir() else None, pipeline)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.diffusion.schedulers import check_number
 from ldm.errors import ConfigError
+from ldm.untrusted import shown
 
 # The keys by which diffusers' class of each of our solvers is told how to sample.
 _TIMES = ("timestep_spacing", "steps_offset")
@@ -94,7 +94,3 @@ def number(config: Mapping[str, Any], key: str, default: float, low: float, high
 
 
 _WRITE = "write the right one into its scheduler_config.json, for example"
-
-
-def shown(value: Any) -> str:
-    return textwrap.shorten(str(value), 60, placeholder=" ...")  # trained_betas are a thousand

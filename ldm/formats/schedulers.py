@@ -154,7 +154,6 @@ _MENDED: dict[str, Node] = {
     "StableDiffusionPAGInpaintPipeline": {"steps_offset": 1, "clip_sample": False},
     **{f"StableDiffusion{kind}Pipeline": {"steps_offset": 1, "skip_prk_steps": True} for kind in _REPAINTING},
 }
-_DEFAULTS = {"steps_offset": 0, "clip_sample": True, "skip_prk_steps": False}  # of the classes that have the key
 
 
 def of_pipeline(config: dict[str, Any], pipeline: str) -> dict[str, Any]:
@@ -162,9 +161,12 @@ def of_pipeline(config: dict[str, Any], pipeline: str) -> dict[str, Any]:
 
     A scheduler's file alone means what it says.
     """
-    function = _SAMPLERS.get(str(config.get("_class_name")), "")
-    has = {*KEYS.get(function, ()), *config, *(("skip_prk_steps",) if function == "pndm" else ())}
-    mended = {k: v for k, v in _MENDED.get(pipeline, {}).items() if k in has and config.get(k, _DEFAULTS[k]) != v}
+    name = str(config.get("_class_name"))
+    defaults: Node = {} if name not in _SAMPLERS or name == "DPMSolverSinglestepScheduler" else {"steps_offset": 0}
+    defaults |= {"clip_sample": True} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    defaults |= {"skip_prk_steps": False} if name == "PNDMScheduler" else {}
+    found = defaults | config
+    mended = {k: v for k, v in _MENDED.get(pipeline, {}).items() if k in found and found[k] != v}
     for key, value in mended.items():
         said = f"{key}={json.dumps(config[key])}" if key in config else f"no {key}"
         warnings.warn(

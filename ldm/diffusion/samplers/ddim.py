@@ -23,8 +23,7 @@ def ddim(
 ) -> Iterator[Step]:
     """Song et al. 2021, Equations 12 and 16, for any alpha and sigma.
 
-    limit_x0: diffusers' clipping, of the x0 that is added alone: the noise beside it stays the network's. The solver's
-        own `limit` (as guided-diffusion published it) makes the noise of the limited x0.
+    limit_x0: diffusers' clipping, of the x0 that is added alone. A solver's `limit` changes the noise beside it.
     """
     for level, after in pairwise(levels):
         x0 = denoise(x, level)

@@ -45,8 +45,7 @@ def dpmpp_singlestep(
         terms = [(keep, x_first), (gain, x0_first)]
         if reached > 1:
             h = float(after.log_snr) / 2 - at_first
-            # Midpoint weights at order 2, the exact integral of a line at order 3.
-            midpoint = reached == 2 and solver_type == "midpoint"
+            midpoint = reached == 2 and solver_type == "midpoint"  # else the exact integral of a line
             weight = gain / 2 if midpoint else after.alpha * (1 + math.expm1(-h) / h)
             change = weight * h / (here - at_first)  # of x0 - x0_first
             terms = [(keep, x_first), (gain - change, x0_first), (change, x0)]
