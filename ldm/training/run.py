@@ -37,20 +37,13 @@ from ldm.training.assemble import (
 from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, State, find, load_parts, newest, read_config, read_manifest
 from ldm.training.frozen import DTYPES, cast_frozen, check_frozen_dtype, keep_originals
+from ldm.training.identity import decisive
 from ldm.training.logging import RunLogger, silence_advertisements
 from ldm.training.module import TrainedModule
 from ldm.training.pretrained import check_pretrained, load_pretrained
 from ldm.training.prior import read_prior
 from ldm.training.run_directory import RunDirectory
 
-# What decides the result of a run; what is not named here is where it runs, how long, and how it is watched.
-IDENTITY = {
-    "autoencoder": ("module", "autoencoder", "kl_weight", "reconstruction", "optimizer", "lr_scheduler", "ema", "seed"),
-    "latent_diffusion": (
-        *("module", "model", "autoencoder", "text_encoder", "scheduler", "parameterization", "weighting", "times"),
-        *("caption_dropout", "noises_per_image", "optimizer", "lr_scheduler", "ema", "seed"),
-    ),
-}
 CAPTIONS_READ = 200_000  # captions that a vocabulary is built from
 MOST_CLASSES = 20_000  # more different captions than that are sentences (ImageNet-21k has 21,841 classes; name those)
 
@@ -215,24 +208,13 @@ def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[
 
 def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Path]) -> dict[str, Any]:
     world = int(os.environ.get("WORLD_SIZE", 1))
-    reading = {k: config["data"][k] for k in ("image_size", "crop", "flip", "train_samples", "mode", "shuffle")}
+    found = decisive(config, world)
     return {
-        **{k: config[k] for k in IDENTITY[config["module"]]},
-        **({"masking": config["masking"]} if config.get("masking") else {}),
-        **({"adapter": _decisive(config["adapter"])} if config.get("adapter") else {}),
-        **({} if config["frozen_dtype"] == "float32" else {"frozen_dtype": config["frozen_dtype"]}),
-        "global_batch": config["batch_size"] * config["accumulate"] * world,
-        "data": {"fingerprint": data.fingerprint, **reading},
-        "precision": config["trainer"].get("precision"),
-        "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
+        **found,
+        "data": {**found["data"], "fingerprint": data.fingerprint},
         "start": {k: digest(read_manifest(v)["files"]) for k, v in start.items()},
         "start_weights": config["weights"] if "given" in start else None,
     }
-
-
-def _decisive(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Adapters' settings without the format in which they leave."""
-    return {name: {k: v for k, v in node.items() if k != "format"} for name, node in adapters.items()}
 
 
 def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[str, Any]) -> dict[str, State]:
