@@ -274,3 +274,17 @@ def test_a_part_s_folder_is_completed_from_config(sd1_folder, theirs):
     with pytest.raises(ConfigError, match="has no autoencoder and no text encoder: it holds U-Net only"):
         open_any(sd1_folder / "unet")
     assert_same_states(open_any(sd1_folder / "unet", config=sd1_folder).states, theirs.states)
+
+
+@pytest.mark.parametrize("prefix", PARTS)
+def test_quantised_files_are_refused(whole, sd1_folder, tmp_path, prefix):
+    """Integers of the right shapes would be taken for the numbers that they stand for."""
+    save_file(
+        {k: v.to(torch.int8) if k.startswith(prefix) else v for k, v in whole.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"as torch.int8, codes that stand for numbers: quantised files are not read"):
+        open_any(tmp_path / "x.safetensors", config=sd1_folder)
+    narrow = {k: v.to(torch.float8_e5m2) if k.startswith(prefix) else v for k, v in whole.items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")  # floating numbers are what they are
+    found = open_any(tmp_path / "narrow.safetensors", config=sd1_folder).states
+    assert any(tensor.dtype == torch.float8_e5m2 for tensor in found[PARTS[prefix][0]].values())

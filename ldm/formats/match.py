@@ -88,6 +88,13 @@ def filled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: st
 
 def match(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
     """ConfigError that counts what is missing, unknown or of another shape, with the first three names."""
+    floating = [k for k in wanted if k in state and wanted[k].is_floating_point()]
+    codes = [k for k in floating if not state[k].is_floating_point()]
+    if codes:
+        raise ConfigError(
+            f"{source} has {codes[0]} as {state[codes[0]].dtype}, codes that stand for numbers: quantised files are "
+            "not read here. Take the float16, bfloat16 or float32 version."
+        )
     missing = [k for k in wanted if k not in state]
     unknown = [k for k in state if k not in wanted]
     shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
