@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+import warnings
 from contextlib import contextmanager
 
 import few
@@ -14,7 +16,7 @@ import torch
 from adapter_files import random_hypernetwork, random_lora, weights
 from commands import here
 from merge_models import lora, saved, states
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import config, make_data, watched
 
 import ldm.tasks.evaluate as evaluation
@@ -265,10 +267,6 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def spoilt(pair, tmp_path_factory):
     """The second checkpoint with one NaN in it."""
-    import shutil
-
-    from safetensors.torch import save_file
-
     folder = shutil.copytree(pair[1], tmp_path_factory.mktemp("spoilt") / "spoilt")
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     state = load_file(file)
@@ -287,6 +285,22 @@ def test_merging_names_the_tensor_and_the_input_that_is_not_finite(pair, spoilt,
     with pytest.raises(NotFinite, match=r"spoilt holds NaN or infinities in unet.conv_out.weight"):
         merge(inputs, tmp_path / "x.safetensors", method=method, rank=rank)
     assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_one_byte_are_merged_too(pair, tmp_path, dtype):
+    """They know few operations, isfinite not among them."""
+    file = "unet/diffusion_pytorch_model.safetensors"
+    folder = shutil.copytree(pair[1], tmp_path / "narrow")
+    for place in (folder / file, folder / "vae/diffusion_pytorch_model.safetensors"):
+        save_file({k: v.to(dtype) for k, v in load_file(place).items()}, place, metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge([folder, pair[0]], tmp_path / "x.safetensors", dtype="float16")
+        merge([pair[0], folder], tmp_path / "lora.safetensors", method="extract", rank=2)
+    narrow = load_file(folder / file)["conv_out.weight"].float()
+    found = states(tmp_path / "x.safetensors")["unet"]["conv_out.weight"]
+    torch.testing.assert_close(found, (0.5 * narrow + 0.5 * states(pair[0])["unet"]["conv_out.weight"]).half().float())
 
 
 def test_merging_to_infinity_is_refused(pair, tmp_path):

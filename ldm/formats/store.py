@@ -58,12 +58,17 @@ def save_tensors(
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; of any type, those of one byte too, which know few operations."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+
+
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor on the CPU, floating numbers in `dtype`. NotFinite where they are not finite, or not any more."""
     found = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-    if not found.is_floating_point() or bool(found.isfinite().all()):
+    if not found.is_floating_point() or finite(found):
         return found
-    if not bool(tensor.isfinite().all()):
+    if not finite(tensor):
         raise NotFinite(
             f"{name} holds NaN or infinities: its training diverged, or its file is damaged. Take another version or "
             "step of the checkpoint."

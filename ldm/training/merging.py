@@ -22,7 +22,7 @@ from ldm.errors import ConfigError, NotFinite
 from ldm.formats import checkpoint as foreign
 from ldm.formats.adapters import read_adapter, write_adapter
 from ldm.formats.open import let_go
-from ldm.formats.store import cast
+from ldm.formats.store import cast, finite
 from ldm.training.adapters import is_adapter, weight_names
 from ldm.training.agreement import check_agree
 from ldm.training.assemble import build_parts
@@ -128,7 +128,7 @@ class _Finite(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.stored.states[self.part][name]
-        if not bool(tensor.isfinite().all()):
+        if not finite(tensor):
             raise NotFinite(
                 f"{self.stored.folder} holds NaN or infinities in {self.part}.{name}, and so would the result: leave "
                 "it out, or take another version or step of it."
@@ -143,7 +143,7 @@ class _Finite(Mapping[str, Tensor]):
 
 
 def _checked(tensor: Tensor, name: str, ratios: Sequence[float]) -> Tensor:
-    if not bool(tensor.isfinite().all()):
+    if not finite(tensor):
         raise NotFinite(f"{name} would be infinite with ratios={list(ratios)}: give smaller ones.")
     return tensor
 
@@ -264,7 +264,8 @@ def _opened(
 def _same(name: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two tensors are equal in the coarser of their precisions."""
     coarse = min((one[name].dtype, other[name].dtype), key=lambda dtype: torch.finfo(dtype).bits)
-    same = bool(torch.isclose(one[name].to(coarse), other[name].to(coarse), rtol=0, atol=0, equal_nan=True).all())
+    mine, theirs = (state[name].to(coarse).float() for state in (one, other))
+    same = bool(torch.isclose(mine, theirs, rtol=0, atol=0, equal_nan=True).all())
     _let_go(name, (one, other))
     return same
 
