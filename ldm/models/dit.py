@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.diffusion.condition import Condition
 from ldm.models.attention import Attention
 from ldm.models.embeddings import TimeEmbedding
-from ldm.models.inputs import check_inputs, pooled_of
+from ldm.models.inputs import check_inputs, pooled_of, widened
 from ldm.models.recompute import BlockRecompute, call
 from ldm.models.transformer import (
     MLP,
@@ -50,7 +50,7 @@ class DiT(nn.Module):
         super().__init__()
         check_sizes(width, num_heads, patch_size, sample_size, checkpoint)
         self.in_channels, self.cross_attention_dim, self.pooled_dim = in_channels, cross_attention_dim, pooled_dim
-        self.patch_size, self.checkpoint = patch_size, checkpoint
+        self.out_channels, self.patch_size, self.checkpoint = out_channels, patch_size, checkpoint
         self.pos_embed = PatchEmbedding(in_channels, width, patch_size, sample_size)
         self.time_embedding = TimeEmbedding(TIME_WAVES, width)
         self.pooled_embedding = None if pooled_dim is None else nn.Linear(pooled_dim, width)
@@ -73,6 +73,10 @@ class DiT(nn.Module):
             tokens = call(block, tokens, vector, context, cond.mask, recompute=self.checkpoint == "blocks")
         out = self.proj_out(modulated(tokens, *self.norm_out(vector)))
         return unpatch(out, self.patch_size, height=x_t.shape[-2] // self.patch_size)
+
+    def widened(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of this network with fewer input channels, with zeros for the others."""
+        return widened(state, "pos_embed.proj.weight", self.in_channels)
 
     def _vector(self, timestep: Tensor, cond: Condition) -> Tensor:  # -> (B,D)
         vector = self.time_embedding(timestep)

@@ -1,7 +1,13 @@
-"""What goes into a network, and what every network refuses before it computes anything."""
+"""What goes into a network, and what every network refuses before it computes anything.
+
+A network states what it was built for as attributes: in_channels, out_channels, cross_attention_dim (None: no context),
+pooled_dim (None: no vector). What one of yours does not state is not compared with the rest before it runs. With a
+method `widened(state)` it takes fewer input channels' weights, so that it can learn to repaint.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition
@@ -11,6 +17,18 @@ from ldm.errors import ConfigError
 def inpainting_channels(latent_channels: int) -> int:
     """Inputs of a network that repaints: noisy latent, mask, masked latent (Stable Diffusion's 9)."""
     return 2 * latent_channels + 1
+
+
+def widened(state: dict[str, Tensor], name: str, in_channels: int) -> dict[str, Tensor]:
+    """A state whose convolution `name` gets zeros for the input channels that it lacks: the same function at first.
+
+    The same object where it lacks none.
+    """
+    weight = state.get(name)
+    if weight is None or weight.ndim != 4 or weight.shape[1] >= in_channels:
+        return state
+    zeros = weight.new_zeros(weight.shape[0], in_channels - weight.shape[1], *weight.shape[2:])
+    return {**state, name: torch.cat([weight, zeros], dim=1)}
 
 
 def check_inputs(network: str, in_channels: int, cross_attention_dim: int | None, x_t: Tensor, cond: Condition) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.diffusion.condition import Condition
 from ldm.models.attention import attention
 from ldm.models.embeddings import TimeEmbedding
-from ldm.models.inputs import check_inputs, pooled_of
+from ldm.models.inputs import check_inputs, pooled_of, widened
 from ldm.models.recompute import BlockRecompute, call
 from ldm.models.transformer import (
     MLP,
@@ -56,7 +56,7 @@ class MMDiT(nn.Module):
         super().__init__()
         check_sizes(width, num_heads, patch_size, sample_size, checkpoint)
         self.in_channels, self.cross_attention_dim, self.pooled_dim = in_channels, cross_attention_dim, pooled_dim
-        self.patch_size, self.checkpoint = patch_size, checkpoint
+        self.out_channels, self.patch_size, self.checkpoint = out_channels, patch_size, checkpoint
         self.pos_embed = PatchEmbedding(in_channels, width, patch_size, sample_size)
         self.time_embedding = TimeEmbedding(TIME_WAVES, width)
         self.pooled_embedding = PooledEmbedding(pooled_dim or cross_attention_dim, width)
@@ -81,6 +81,10 @@ class MMDiT(nn.Module):
             tokens, text = call(block, tokens, text, vector, cond.mask, recompute=self.checkpoint == "blocks")
         out = self.proj_out(modulated(tokens, *self.norm_out(vector)))
         return unpatch(out, self.patch_size, height=x_t.shape[-2] // self.patch_size)
+
+    def widened(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of this network with fewer input channels, with zeros for the others."""
+        return widened(state, "pos_embed.proj.weight", self.in_channels)
 
     def _pooled(self, cond: Condition) -> Tensor:  # -> (B,P)
         return mean_of_tokens(cond) if self.pooled_dim is None else pooled_of("MMDiT", self.pooled_dim, cond)

@@ -19,7 +19,7 @@ from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.models.attention import GEGLU, SpatialTransformer
 from ldm.models.embeddings import TimeEmbedding
-from ldm.models.inputs import check_inputs
+from ldm.models.inputs import check_inputs, widened
 from ldm.models.recompute import Recompute, call
 from ldm.models.resnet import Downsample, GroupNormSiLU, ResnetBlock, Upsample
 
@@ -47,8 +47,8 @@ class UNet(nn.Module):
         super().__init__()
         _check_levels(block_channels, attention_levels, norm_groups)
         _check_policy(checkpoint)
-        self.in_channels = in_channels
-        self.cross_attention_dim = cross_attention_dim
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.cross_attention_dim, self.pooled_dim = cross_attention_dim, None
         time_width = 4 * block_channels[0]
 
         def resnet(channels_in: int, channels_out: int) -> ResnetBlock:
@@ -99,6 +99,10 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, time, context, cond.mask, skips)
         return self.conv_out(self.conv_norm_out(x))
+
+    def widened(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of this network with fewer input channels, with zeros for the others."""
+        return widened(state, "conv_in.weight", self.in_channels)
 
     def _set_recompute(self, policy: Recompute) -> None:
         for module in self.modules():

@@ -50,9 +50,10 @@ def check_agree(first: Stored, other: Stored, shapes: Mapping[str, State], widen
 
 def _with_inputs_of(state: State, wanted: State) -> State:
     """The wanted shapes, with the fewer input channels that a state has."""
-    name = "conv_in.weight"
-    fewer = name in state and name in wanted and state[name].shape[1] < wanted[name].shape[1]
-    return {**wanted, name: wanted[name][:, : state[name].shape[1]]} if fewer else wanted
+    for name in ("conv_in.weight", "pos_embed.proj.weight"):  # U-Net; transformers
+        if name in state and name in wanted and state[name].shape[1] < wanted[name].shape[1]:
+            return {**wanted, name: wanted[name][:, : state[name].shape[1]]}
+    return wanted
 
 
 def _words(folder: Path) -> dict[str, int]:

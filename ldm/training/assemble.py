@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,20 +92,21 @@ def build_parts(config: Config, tokenizer: Path | None = None, device: str = "cp
         text_encoder = build(config["text_encoder"], "text_encoder")
     if tokenizer is not None:
         text_encoder.load_tokenizer(tokenizer)
-    _check_widths(config["model"], text_encoder, len(autoencoder.latents.mean))
     with torch.device(device):
         model = build(config["model"], "model").to(memory_format=torch.channels_last)
+    _check_widths(config["model"], model, text_encoder, len(autoencoder.latents.mean))
     return Parts(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder)
 
 
-def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int) -> None:
-    wanted, given = model.get("cross_attention_dim", 768), text_encoder.context_dim
+def _check_widths(node: Config, model: nn.Module, text_encoder: TextEncoder, latent_channels: int) -> None:
+    """ConfigError where what a network states of itself (ldm/models/inputs.py) does not fit what it is put between."""
+    wanted, given = getattr(model, "cross_attention_dim", text_encoder.context_dim), text_encoder.context_dim
     if wanted != given:
         raise ConfigError(
             f"model.cross_attention_dim={wanted}, but the text encoder's states are {given} wide: "
-            f"set model.cross_attention_dim={given}, or choose another text_encoder=."
+            f"{_set_to(node, model, 'cross_attention_dim', given)}choose another text_encoder=."
         )
-    wanted, given = model.get("pooled_dim"), text_encoder.pooled_dim
+    wanted, given = getattr(model, "pooled_dim", text_encoder.pooled_dim), text_encoder.pooled_dim
     if wanted not in (None, given) or (given is not None and text_encoder.context_dim is None and wanted != given):
         raise ConfigError(
             f"model.pooled_dim={wanted}, but the text encoder's pooled vectors are {given} wide (None: it gives none): "
@@ -113,11 +115,19 @@ def _check_widths(model: Config, text_encoder: TextEncoder, latent_channels: int
         )
     inpainting = inpainting_channels(latent_channels)
     for key, fitting in (("in_channels", (latent_channels, inpainting)), ("out_channels", (latent_channels,))):
-        if model.get(key, 4) not in fitting:
+        stated = getattr(model, key, latent_channels)
+        if stated not in fitting:
             raise ConfigError(
-                f"model.{key}={model.get(key, 4)}, but the autoencoder has {latent_channels} latent channels: "
-                f"set {'' if key in model else '+'}model.{key}={latent_channels}."
+                f"model.{key}={stated}, but the autoencoder has {latent_channels} latent channels: "
+                f"{_set_to(node, model, key, latent_channels)}choose another autoencoder=."
             )
+
+
+def _set_to(node: Config, model: nn.Module, key: str, value: int | None) -> str:
+    """The remedy of a key, '' where the network has no such argument."""
+    if key not in inspect.signature(type(model)).parameters:
+        return ""
+    return f"set {'' if key in node else '+'}model.{key}={'null' if value is None else value}, or "
 
 
 def fill(module: nn.Module, state: State, part: str, source: Path) -> None:
@@ -195,9 +205,7 @@ def attach_adapters(config: Config, parts: Parts, states: Mapping[str, State], s
         raise ConfigError(
             f"adapter=[{','.join(nodes)}] is trained beside a whole model that is there already: give checkpoint=PATH."
         )
-    inputs = "conv_in.weight"
-    own = parts.network.state_dict().get(inputs)
-    if own is not None and inputs in states["unet"] and states["unet"][inputs].shape[1] < own.shape[1]:
+    if _widened(states["unet"], parts.network) is not states["unet"]:
         raise ConfigError(
             "masking=random with an adapter: the checkpoint's network has no inputs for mask and masked picture, and "
             "an adapter cannot learn them. Start from a model that repaints, or train the whole one, without adapter=."
@@ -251,13 +259,9 @@ def fill_parts(parts: Parts, states: dict[str, State], folder: Path) -> None:
 
 
 def _widened(state: State, network: nn.Module) -> State:
-    """`conv_in` with zeros for the channels that the network has and the state has not (inpainting)."""
-    name = "conv_in.weight"
-    own = network.state_dict().get(name)
-    if own is None or name not in state or state[name].shape[1] >= own.shape[1]:
-        return state
-    zeros = state[name].new_zeros(own.shape[0], own.shape[1] - state[name].shape[1], *own.shape[2:])
-    return {**state, name: torch.cat([state[name], zeros], dim=1)}
+    """A state for a network that may have more input channels; itself where there is nothing to widen."""
+    own_way = getattr(network, "widened", None)
+    return state if own_way is None else own_way(state)
 
 
 def caption_templates(config: Config) -> Templates | None:
