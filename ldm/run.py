@@ -21,6 +21,7 @@ from ldm.config import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError, Ended
 from ldm.tasks.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
+from ldm.training.processes import is_first, speaks
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
 TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     failure: BaseException
     try:
         _refuse_bytes(arguments)
-        _refuse_self_launched_sweeps(arguments, multirun)
+        _check_trainer(arguments)
         arguments = [quoted(said_in_words(a), multirun) for a in arguments]
         if multirun:
             arguments = named_sweep(arguments)
@@ -95,6 +96,8 @@ def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
     choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
     task = str(choices["task"])
     check_keys_are_read(task, overrides)
+    if task != "train" and not is_first():  # one process does it, whatever started several
+        return {}
     drop_leftovers(config, overrides)
     config.experiment = choices.get("experiment") or task
     if arm is not None and task in DRAWING:  # into one folder they would write over each other
@@ -188,12 +191,14 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
             ) from None
 
 
-def _refuse_self_launched_sweeps(arguments: Sequence[str], multirun: bool) -> None:
-    if multirun and any(a.startswith("trainer=ddp") for a in arguments) and "LOCAL_RANK" not in os.environ:
-        raise ConfigError(
-            "-m with trainer=ddp: Lightning would start the whole sweep again in every process. Start one process a "
-            "rank from outside, one arm at a time: torchrun --nproc_per_node=N -m ldm.run ... trainer=ddp"
-        )
+def _check_trainer(arguments: Sequence[str]) -> None:
+    """Refuses for all arms of a sweep at once what each of them would be refused for."""
+    typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))
+    values = {key.removeprefix("trainer."): value for key, _, value in typed}
+    if {"devices", "num_nodes", "strategy"} & values.keys():
+        from ldm.training.strategy import check_trainer
+
+        check_trainer(values)
 
 
 def _ended_elsewhere(error: BaseException) -> int | None:
@@ -211,18 +216,21 @@ def _ended_elsewhere(error: BaseException) -> int | None:
 def _report(error: BaseException, arguments: Sequence[str]) -> int:
     from ldm.explain import explain
 
-    stopped = getattr(error, "exit_code", None)
-    if stopped is not None:  # training.callbacks.saving.Interrupted
-        print(f"{error}. The same command goes on from there.", file=sys.stderr)
-        return stopped
-    if type(error).__name__ == "Diverged":
-        print(f"stopped: {error}", file=sys.stderr)
-        return FAILED
-    line = explain(error, arguments, conf_dir())
-    if line is None:
-        raise error
-    print(f"error: {line}", file=sys.stderr)
-    return 2
+    code, line = getattr(error, "exit_code", 2), str(error)
+    if type(error).__name__ == "Interrupted":
+        line = f"{error}. The same command goes on from there."
+    elif type(error).__name__ == "Diverged":
+        code, line = FAILED, f"stopped: {error}"
+    elif type(error).__name__ == "OtherProcess":
+        line = f"error: {error}"
+    else:
+        explained = explain(error, arguments, conf_dir())
+        if explained is None:
+            raise error
+        line = f"error: {explained}"
+    if speaks(error):
+        print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def flipped(value):
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    return {"x": {"y": 1}} if isinstance(value, dict) else [*value, "x"] if isinstance(value, list) else f"{value or ''}x"
+    return (
+        {"x": {"y": 1}} if isinstance(value, dict) else [*value, "x"] if isinstance(value, list) else f"{value or ''}x"
+    )
 
 
 def listed(path, patterns):

@@ -6,7 +6,6 @@ import csv
 import fcntl
 import gc
 import json
-import os
 import re
 import sys
 import traceback
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config import digest
 from ldm.errors import ConfigError, Ended, NotFinite, SweepError
 from ldm.tasks.measured import unknown_metric
+from ldm.training.processes import is_first
 from ldm.training.run_directory import in_json
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
@@ -115,7 +115,7 @@ def _value(arm: Arm, metrics: dict[str, float], optimized: str | None) -> float 
 
 def record(arm: Arm, state: str, metrics: dict[str, float], message: str) -> None:
     """Adds an arm's row and writes the table anew; arms that run side by side take turns. A repeated arm replaces."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first():
         return
     arm.sweep.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"overrides": arm.overrides, "directory": str(arm.directory), "state": state}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import as_literal, build
@@ -16,6 +16,7 @@ from ldm.choices import drop_leftovers
 from ldm.config import check, nearest, plain
 from ldm.data.fields import fields_of
 from ldm.data.shards import open_split
+from ldm.data.writer import Written
 from ldm.errors import ConfigError
 from ldm.formats.run_config import file_of
 from ldm.formats.whole import written_whole
@@ -26,6 +27,7 @@ from ldm.tasks.evaluate import built_metrics, evaluate_run
 from ldm.tasks.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
+from ldm.training import processes
 from ldm.training.adapters import save_adapters
 from ldm.training.assemble import (
     caption_templates,
@@ -36,10 +38,12 @@ from ldm.training.assemble import (
 )
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.checkpoints import DIFFUSION_NODES, folder_name, read_config, run_of
+from ldm.training.hosts import check_hosts
 from ldm.training.loading import adopted, as_ours, load_any, save_any
 from ldm.training.run import Finished, train_run
 from ldm.training.run_directory import alone, write_json
 from ldm.training.solvers import sampling_settings
+from ldm.training.strategy import check_trainer, timeout_of
 
 ALONE = {"module": "autoencoder", "frozen_dtype": "float32"}  # the stage autoencoder: all of it is trained
 STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
@@ -49,6 +53,13 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
     settle_sampling(config)
     check(config)
+    check_trainer(plain(config.trainer))
+    with processes.together(timeout_of(plain(config.trainer))):
+        check_hosts(plain(config))
+        return _train(config, arm)
+
+
+def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
     templates = caption_templates(plain(config))  # refused before anything is read
     if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
         refuse_unsaid(config.adapter.textual_inversion.placeholder, templates.all([]))
@@ -86,7 +97,7 @@ def start_from_any_layout(config: DictConfig) -> None:
         )
     if not config.checkpoint:
         return
-    folder = as_ours(config)
+    folder = Path(processes.by_first(lambda: str(as_ours(config))))  # it may write a converted copy
     config.checkpoint = str(folder)
     if config.module == "latent_diffusion":
         check_adapters(plain(config), read_config(folder), folder)
@@ -106,18 +117,17 @@ def _trained(config: DictConfig, values: dict[str, Any], arm: Path | None) -> Fi
     try:
         finished = train_run(values, lambda digest: _directory(config, digest, arm))
     except Interrupted as stop:
-        _export(config, stop.folder)
-        if dist.is_available() and dist.is_initialized():  # a rank that leaves first takes the exporting one with it
-            dist.barrier()
+        folder = stop.folder  # bound here: `stop` is gone after this block
+        processes.by_first(lambda: _export(config, folder))
         raise
     _say(finished)
-    _export(config, finished.path / "checkpoints" / folder_name(finished.step))
+    processes.by_first(lambda: _export(config, finished.path / "checkpoints" / folder_name(finished.step)))
     return finished
 
 
 def _export(config: DictConfig, checkpoint: Path) -> None:
     """The run's adapters, else its whole model, in export/; a refusal is printed, not raised. Older exports go."""
-    if not config.export or config.module != "latent_diffusion" or int(os.environ.get("RANK", 0)) > 0:
+    if not config.export or config.module != "latent_diffusion":
         return
     run = run_of(checkpoint)
     whole = not config.adapter and config.export == "compvis"
@@ -146,7 +156,8 @@ def _directory(config: DictConfig, digest: str, arm: Path | None) -> Path:
 
 def _say(finished: Finished) -> None:
     did = "trained to" if finished.trained else "was finished before, at"
-    print(f"{finished.path}: {did} step {finished.step}")
+    if processes.is_first():
+        print(f"{finished.path}: {did} step {finished.step}")
 
 
 class Stages:
@@ -180,7 +191,8 @@ class Stages:
         for stage in self.stages:
             started = time.time()
             values = plain(self.configured(stage))
-            print(f"--- {stage}", flush=True)
+            if processes.is_first():
+                print(f"--- {stage}", flush=True)
             metrics.update(getattr(self, stage)(values))
             self.made[stage]["seconds"] = round(time.time() - started, 1)
         return metrics
@@ -218,13 +230,15 @@ class Stages:
         if self.config.class_shards:
             self.made["prior"] = {"path": self.config.class_shards}
             return {}
-        if "prepare" in self.stages and not self.config.shards:
-            build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
-        with alone(values["outputs"], "prior"):
-            written = class_latents(values)
-        print(written, flush=True)
-        self.found["class_shards"] = str(written.output)
-        self.made["prior"] = {"path": str(written.output), "samples": written.samples}
+
+        def make() -> Written:
+            if "prepare" in self.stages and not self.config.shards:
+                build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
+            return class_latents(values)
+
+        written = _written("prior", values, make)
+        self.found["class_shards"] = written["path"]
+        self.made["prior"] = {k: written[k] for k in ("path", "samples")}
         return {}
 
     def prepare(self, values: dict[str, Any]) -> dict[str, float]:
@@ -234,14 +248,11 @@ class Stages:
         templates = caption_templates(values)
         if templates is not None and not templates.needs_captions and "uncaptioned" in values["source"]:
             values["source"]["uncaptioned"] = True
-        with alone(values["outputs"], "prepare"):
-            written = prepare_shards(values)
-        print(written, flush=True)
-        self.found["shards"] = str(written.output)
+        written = _written("prepare", values, lambda: prepare_shards(values))
+        self.found["shards"] = written["path"]
         if self.config.image_size is None:
-            self.found["image_size"] = written.facts.get("image_size")
-        self.made["prepare"] = {"path": str(written.output), "samples": written.samples, "facts": written.facts}
-        self.made["prepare"]["rejected"] = dict(written.rejected)
+            self.found["image_size"] = written["facts"].get("image_size")
+        self.made["prepare"] = written
         return {}
 
     def autoencoder(self, values: dict[str, Any]) -> dict[str, float]:
@@ -257,12 +268,10 @@ class Stages:
         if open_split(values["shards"], "train", fields=fields_of(values["data"])).kind == "latent":
             self.made["encode"] = {"path": values["shards"]}
             return {}
-        with alone(values["outputs"], "encode"):
-            written = encode_shards(values)
-        print(written, flush=True)
+        written = _written("encode", values, lambda: encode_shards(values))
         # The latents bring their autoencoder along.
-        self.found |= {"shards": str(written.output), "checkpoint": self.config.checkpoint}
-        self.made["encode"] = {"path": str(written.output), "samples": written.samples}
+        self.found |= {"shards": written["path"], "checkpoint": self.config.checkpoint}
+        self.made["encode"] = {k: written[k] for k in ("path", "samples")}
         return {}
 
     def diffusion(self, values: dict[str, Any]) -> dict[str, float]:
@@ -275,17 +284,38 @@ class Stages:
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:
         # Runs of all seeds are scored on the same draws, which task=evaluate of any of them makes too.
         values["seed"] = (self.config.stages.evaluate or {}).get("seed", 0)
-        with alone(values["outputs"], "evaluate"):
-            metrics, output = evaluate_run(values)
-        self.made["evaluate"] = {"path": str(output)}
+
+        def score() -> tuple[dict[str, float], str]:
+            with alone(values["outputs"], "evaluate"):
+                metrics, output = evaluate_run(values)
+            return metrics, str(output)
+
+        metrics, output = processes.by_first(score)
+        self.made["evaluate"] = {"path": output}
         return metrics
 
     def report(self, values: dict[str, Any]) -> dict[str, float]:
         self.made["report"] = {}
+        processes.by_first(self._report)
+        return {}
+
+    def _report(self) -> None:
         for made in self.made.values():  # relative to the run, so that outputs/ may move as a whole
             if "path" in made:
                 made["path"] = os.path.relpath(made["path"], self.run_directory)
         write_json(self.run_directory / "stages.json", self.made)
         path = write_report(self.run_directory)
         print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")
-        return {}
+
+
+def _written(stage: str, values: dict[str, Any], make: Callable[[], Written]) -> dict[str, Any]:
+    """Shards that the first process makes, one at a time of all that share these outputs."""
+
+    def written() -> dict[str, Any]:
+        with alone(values["outputs"], stage):
+            made = make()
+        print(made, flush=True)
+        found = {"path": str(made.output), "samples": made.samples, "facts": made.facts}
+        return {**found, "rejected": dict(made.rejected)}
+
+    return processes.by_first(written)

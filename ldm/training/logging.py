@@ -96,6 +96,14 @@ def log_picture(trainer: L.Trainer, key: str, image: Image.Image, step: int, cap
                 logger.log_picture(key, image, step, caption)
 
 
+def last_metrics(file: Path) -> dict[str, float]:
+    """The last value of every scalar in a metrics.jsonl."""
+    latest: dict[str, float] = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        latest.update({k: v for k, v in json.loads(line).items() if k not in ("step", "time", "images")})
+    return latest
+
+
 def silence_advertisements() -> None:
     """Silences what says nothing about this run: Lightning's own lines, and a deprecation inside it."""
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.training import processes
 from ldm.training.ema import EMA
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals
@@ -118,6 +119,7 @@ class TrainedModule(L.LightningModule):
             self.ema.update(self.trained_parameters())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        processes.arrived()
         self.draws.reseed_layers(self.global_step, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -65,5 +65,6 @@ class Draws:
         return list(range(first, first + n))
 
     def reseed_layers(self, step: int, batch_index: int) -> None:
-        """Seeds torch's global generator, which only dropout layers use."""
-        torch.manual_seed(seed_of(self.seed, "layers", step, batch_index % self.accumulate, self.rank))
+        """Seeds torch's global generator, which only dropout layers use, by the micro-batch's place in the step."""
+        place = (batch_index % self.accumulate) * self.world_size + self.rank
+        torch.manual_seed(seed_of(self.seed, "layers", step, place))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +20,7 @@ from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
 from ldm.text.templates import Templates
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
+from ldm.training import processes
 from ldm.training.assemble import (
     Parts,
     attach_adapters,
@@ -38,11 +37,13 @@ from ldm.training.callbacks.saving import Checkpoints
 from ldm.training.checkpoints import FolderCheckpointIO, State, find, load_parts, newest, read_config, read_manifest
 from ldm.training.frozen import DTYPES, cast_frozen, check_frozen_dtype, keep_originals
 from ldm.training.identity import decisive
-from ldm.training.logging import RunLogger, silence_advertisements
+from ldm.training.logging import RunLogger, last_metrics, silence_advertisements
+from ldm.training.meeting import launch
 from ldm.training.module import TrainedModule
 from ldm.training.pretrained import check_pretrained, load_pretrained
 from ldm.training.prior import read_prior
 from ldm.training.run_directory import RunDirectory
+from ldm.training.strategy import check_trainer, launched, opened
 
 CAPTIONS_READ = 200_000  # captions that a vocabulary is built from
 MOST_CLASSES = 20_000  # more different captions than that are sentences (ImageNet-21k has 21,841 classes; name those)
@@ -64,6 +65,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     config: resolved, plain. path_of: (digest) -> run directory, so that the name may hold the digest.
     """
     config = copy.deepcopy(config)
+    check_trainer(config["trainer"])
     check_frozen_dtype(config)
     if not config["checkpoint"]:
         has_latents = bool(config["shards"]) and (Path(config["shards"]) / "autoencoder").is_dir()
@@ -83,7 +85,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     identity = _identity(config, data, start)
     identity |= {k: v.identity for k, v in (("templates", templates), ("prior", prior)) if v is not None}
     directory = RunDirectory(path_of(digest(identity)), config, identity)
-    done = directory.status()
+    _agree(config, data, identity, tokenizer)
+    done = processes.by_first(directory.status)
     step = done.get("step")
     if done.get("state") == "finished" and isinstance(step, int) and step >= config["max_steps"]:
         directory.check_identity()
@@ -126,7 +129,7 @@ def _open_data(config: dict[str, Any]) -> ShardDataModule:
 
 def _remark_on_few(data: ShardDataModule, templates: Templates | None) -> None:
     """Says what so few pictures mean, on the first process."""
-    if data.mode != "index" or int(os.environ.get("RANK", 0)) > 0:
+    if data.mode != "index" or not processes.is_first():
         return
     n, pictures = data.n_train, f"{data.n_train} picture{'s' if data.n_train > 1 else ''}"
     if data.validates_on_training:
@@ -207,8 +210,7 @@ def _starting_checkpoint(config: dict[str, Any], data: ShardDataModule) -> dict[
 
 
 def _identity(config: dict[str, Any], data: ShardDataModule, start: dict[str, Path]) -> dict[str, Any]:
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    found = decisive(config, world)
+    found = decisive(config, launch().world_size)
     return {
         **found,
         "data": {**found["data"], "fingerprint": data.fingerprint},
@@ -234,10 +236,13 @@ def _fill_from_checkpoints(parts: Parts, start: dict[str, Path], config: dict[st
 def _hold_frozen(config: dict[str, Any], parts: Parts, directory: RunDirectory) -> None:
     """Casts what is not trained; before that, its original tensors are written for the first checkpoint to link."""
     adapted = bool(config.get("adapter"))
-    if int(os.environ.get("RANK", 0)) == 0:
+
+    def keep() -> None:
         directory.open()  # before anything is written into it
         if newest(directory.path, lambda text: None) is None:
             keep_originals(directory.originals, parts, adapted, yaml.safe_dump(config, sort_keys=False))
+
+    processes.by_first(keep)
     cast_frozen(parts, adapted, DTYPES[config["frozen_dtype"]])
 
 
@@ -257,12 +262,10 @@ def _fit(
     config: dict[str, Any], data: ShardDataModule, module: TrainedModule, parts: Parts, directory: RunDirectory
 ) -> Finished:
     silence_advertisements()
-    first = int(os.environ.get("RANK", 0)) == 0
-    trainer_node = _launched(dict(config["trainer"]))
+    first = processes.is_first()
+    trainer_node, plugins = launched(config["trainer"])
     callbacks = [c for c in (build(node, "callbacks") for node in (config["callbacks"] or {}).values()) if c]
-    if first:
-        directory.open()
-    previous = newest(directory.path, lambda text: print(f"warning: {text}", flush=True))
+    previous = _resumed(directory)
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.directory = directory.checkpoints
@@ -274,19 +277,21 @@ def _fit(
         getattr(parts.text_encoder, "save_tokenizer", None),
         previous or (directory.originals if config["frozen_dtype"] != "float32" else None),
     )
-    images_per_step = config["batch_size"] * config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))
+    images_per_step = config["batch_size"] * config["accumulate"] * launch().world_size
     loggers: list[Any] = [RunLogger(directory.path, images_per_step)] if first else []
     if first and config["logger"]:
         extra = {"directory": directory.path, "config": config, "images_per_step": images_per_step}
         loggers.append(build(config["logger"], "logger", **extra))
-    trainer = build(trainer_node, "trainer", callbacks=callbacks, logger=loggers, plugins=[io])
+    trainer = build(trainer_node, "trainer", callbacks=callbacks, logger=loggers, plugins=[io, *plugins])
     step = read_manifest(previous)["step"] if previous else 0
     if first:
         loggers[0].forget_after(step)
         directory.event("resume" if previous else "start", step=step)
         directory.set_status("running", step)
+        processes.when_lost(lambda line: directory.set_status("stopped", trainer.global_step, reason=line))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(previous) if previous else None)
+        with opened(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=str(previous) if previous else None)
     except BaseException as error:
         if first:
             directory.set_status("stopped", trainer.global_step, reason=f"{type(error).__name__}: {error}"[:500])
@@ -294,24 +299,35 @@ def _fit(
         raise
     finally:
         directory.close()
-    metrics = last_metrics(directory.path / "metrics.jsonl")
-    if first:
+
+    def finish() -> dict[str, float]:
+        metrics = last_metrics(directory.path / "metrics.jsonl")
         directory.set_status("finished", trainer.global_step, metrics=metrics)
         directory.event("finish", step=trainer.global_step)
-    return Finished(directory.path, trainer.global_step, True, metrics)
+        return metrics
+
+    return Finished(directory.path, trainer.global_step, True, processes.by_first(finish))
 
 
-def _launched(node: dict[str, Any]) -> dict[str, Any]:
-    """Under torchrun the number of processes is torchrun's; Lightning is told so."""
-    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local and world:
-        node["devices"], node["num_nodes"] = int(local), int(world) // int(local)
-    return node
+def _agree(config: dict[str, Any], data: ShardDataModule, identity: dict[str, Any], tokenizer: Any) -> None:
+    """Before anything is built: all processes see the same data, words and starting weights."""
+    facts = {
+        "data.fingerprint": data.fingerprint,
+        "validation data": data.split("val").fingerprint if data.mode == "index" else None,
+        "image_size": config["image_size"],
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else None,
+        **identity,
+    }
+    processes.agree(facts, f"all hosts must read the same files (shards={config['shards']}).")
 
 
-def last_metrics(file: Path) -> dict[str, float]:
-    """The last value of every scalar in a metrics.jsonl."""
-    latest: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        latest.update({k: v for k, v in json.loads(line).items() if k not in ("step", "time", "images")})
-    return latest
+def _resumed(directory: RunDirectory) -> Path | None:
+    """The checkpoint to go on from: the first process locks the directory, verifies its files and says which."""
+
+    def found() -> str | None:
+        directory.open()
+        folder = newest(directory.path, lambda text: print(f"warning: {text}", flush=True))
+        return str(folder) if folder else None
+
+    previous = processes.by_first(found)
+    return Path(previous) if previous else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from ldm.training import processes
 
 TIME_BINS = 10  # of t in [0, 1]: training losses fall into them, validation stands in their middles
 
@@ -16,25 +17,34 @@ class Totals:
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
-        self.values = torch.zeros(len(self.names), 3, dtype=torch.float64)
+        self._sums = torch.zeros(len(self.names), 3, dtype=torch.float64)
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # (row of each value, values), where the values were made
 
     def add(self, name: str, values: Tensor) -> None:  # (N,)
-        v = values.detach().double().cpu()
-        self.values[self.names.index(name)] += torch.stack([v.sum(), v.square().sum(), torch.tensor(float(len(v)))])
+        row = torch.full((len(values),), self.names.index(name), device=values.device)
+        self._waiting.append((row, values.detach()))
 
     def add_by_bin(self, prefix: str, values: Tensor, t: Tensor) -> None:  # (N,), (N,) in [0, 1]
         """One name a bin of t: prefix/0 holds t in [0, 0.1)."""
-        bins = (t.cpu() * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-        for i in bins.unique().tolist():
-            self.add(f"{prefix}/{i}", values.cpu()[bins == i])
+        bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        self._waiting.append((self.names.index(f"{prefix}/0") + bins.to(values.device), values.detach()))
+
+    @property
+    def values(self) -> Tensor:
+        """(names, 3) float64 on the CPU. What was added is copied here at once: a step waits for its device once."""
+        if self._waiting:
+            rows, values = (torch.cat(tensors).cpu() for tensors in zip(*self._waiting, strict=True))
+            v = values.double()  # here, because MPS has no float64
+            self._waiting.clear()
+            self._sums.index_add_(0, rows, torch.stack([v, v.square(), torch.ones_like(v)], dim=1))
+        return self._sums
 
     def merge(self, other: Totals) -> None:
-        self.values += other.values
+        self.values.add_(other.values)
 
     def reduce(self) -> None:
         """Sums over all ranks, in place."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.values)
+        processes.total(self.values)
 
     def means(self) -> dict[str, float]:
         """The mean of every name that has been seen."""
@@ -50,7 +60,8 @@ class Totals:
         return errors
 
     def reset(self) -> None:
-        self.values.zero_()
+        self._waiting.clear()
+        self._sums.zero_()
 
 
 def bin_times() -> list[float]:

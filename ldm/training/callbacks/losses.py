@@ -16,6 +16,8 @@ from ldm.training.totals import Totals
 class Diverged(RuntimeError):
     """The loss is no longer a number; nothing of this step has been saved."""
 
+    everywhere = True  # the sum over all processes says so in each
+
 
 class Losses(L.Callback):
     """Logs the module's totals every `every_n_steps` steps; the sums so far are part of the checkpoint."""

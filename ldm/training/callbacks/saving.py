@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 
+from ldm.training import processes
 from ldm.training.checkpoints import all_folders, folder_name
 from ldm.training.module import stepped
 
 
 class Interrupted(Exception):
     """A signal ended the run at a step boundary; everything up to it is saved."""
+
+    everywhere = True  # in every process, at the same step
 
     def __init__(self, number: int, step: int, folder: Path):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; saved in {folder}")
@@ -58,7 +59,8 @@ class Checkpoints(L.Callback):
     ) -> None:
         if not stepped(trainer, batch_idx):
             return
-        step, number = trainer.global_step, self._agreed()
+        # The signal that any process has had: all stop at the same step.
+        step, number = trainer.global_step, processes.highest(self._signal)
         last = step == trainer.max_steps
         if number or last or step % self.every_n_steps == 0:
             folder = self.directory / folder_name(step)
@@ -78,14 +80,6 @@ class Checkpoints(L.Callback):
 
     def _flag(self, number: int, frame: Any) -> None:
         self._signal = number
-
-    def _agreed(self) -> int:
-        """The signal that any rank has had; every rank stops at the same step."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._signal
-        flag = torch.tensor(self._signal)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
 
     def _prune(self) -> None:
         folders = all_folders(self.directory.parent)
