@@ -206,7 +206,8 @@ def test_a_sweep_ends_with_one_table(tmp_path):
     assert again.returncode == 0 and "was finished before" in again.stdout
 
 
-@pytest.mark.slow
-def test_self_launched_ddp_sweeps_are_refused(tmp_path):
-    result = ldm("-m", "experiment=quickstart", "trainer=ddp", "seed=1,2", cwd=tmp_path)
-    assert result.returncode == 2 and "torchrun" in result.stderr
+@pytest.mark.parametrize("sweep", [["-m", "seed=1,2"], []])
+@pytest.mark.parametrize("asked", ["trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=fsdp"])
+def test_processes_are_not_started_from_within(tmp_path, sweep, asked):
+    result = here("experiment=quickstart", "trainer=ddp", asked, *sweep, cwd=tmp_path)
+    assert result.returncode == 2 and "torchrun" in result.stderr and result.stderr.count("\n") == 1

@@ -18,6 +18,7 @@ from ldm.training.checkpoints import DIFFUSION_NODES, find
 from ldm.training.loading import adopted
 from ldm.training.plan import Plan
 from ldm.training.plan import plan as make_plan
+from ldm.training.strategy import check_strategy
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 40, 80)  # GB of memory
@@ -27,6 +28,7 @@ CONTEXT = GIB  # assumed for CUDA's context and its kernels' workspaces
 def plan(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Prints the table, the total and the cards that it fits; writes output=FILE (csv) where one is given."""
     check(config)
+    check_strategy(plain(config.trainer))
     _adopt(config)
     made = make_plan(plain(config))
     rows = _rows(made)

@@ -109,4 +109,5 @@ def silence_advertisements() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 convolutions: it costs nothing
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")  # the frozen parts, on purpose

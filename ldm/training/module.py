@@ -122,6 +122,9 @@ class TrainedModule(L.LightningModule):
         processes.arrived()
         self.draws.reseed_layers(self.global_step, batch_idx)
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        processes.arrived()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state()

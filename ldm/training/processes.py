@@ -117,7 +117,7 @@ def by_first(function: Callable[[], T]) -> T:
 
 
 def arrived() -> None:
-    """Notes that this process has come to its next micro-batch: who stays behind is the one that is named."""
+    """Notes that this process has come as far as its next meeting with the others: who stays behind is named."""
     if _meeting is not None:
         _meeting.pulse.place += 1
 
@@ -179,6 +179,7 @@ def _cpu_group() -> Any:
     global _sums
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
+    arrived()
     default = dist.group.WORLD
     if _sums is None or _sums[0] is not default:
         _sums = (default, dist.new_group(backend="gloo"))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 EXIT = 75  # "try again": what is saved is good
 GRACE = 10.0  # seconds for a process to find out by itself that another has failed
-RUN = 10**9  # places of one training run; more than its micro-batches
+RUN = 10**12  # places of one training run; more than its meetings
 
 
 REMEDY = (
@@ -53,7 +53,8 @@ class Pulse:
     """Two threads: one talks with the store, the other watches that the store answers.
 
     The first process hears all others, they hear the first: the store carries a few messages a process and second.
-    place: counts micro-batches; a process that stays behind the others for `timeout` seconds is as good as lost.
+    place: counts where all must come together, several times a micro-batch; a process that lives but stays behind the
+    others for `timeout` seconds is as good as lost.
     """
 
     def __init__(self, store: dist.Store, rank: int, places: Sequence[Place], timeout: float):
@@ -116,14 +117,15 @@ class Pulse:
         """The line about a process that is silent or behind; "" while all are well."""
         for rank, heard in self.heard.items():
             if now - heard.alive > self.timeout:
-                return self._line(rank, "has not been heard of", heard.place)
+                return self._line(rank, "has not been heard of")
         if self.rank == 0 and self.training:
             mine = Heard(place=self.place, moved=self._moved(now))
             everyone = {0: mine, **self.heard}
             front = max(h.place for h in everyone.values())
             for rank, heard in everyone.items():
-                if heard.place < front and now - heard.moved > self.timeout:
-                    return self._line(rank, "has not come to the step that others wait in", heard.place)
+                lives = now - heard.alive < 3 * self.interval
+                if lives and heard.place < front and now - heard.moved > self.timeout:
+                    return self._line(rank, "has not come to where the others wait")
         return ""
 
     def _moved(self, now: float) -> float:
@@ -132,10 +134,9 @@ class Pulse:
             self._last = (self.place, now)
         return self._last[1]
 
-    def _line(self, rank: int, what: str, place: int) -> str:
+    def _line(self, rank: int, what: str) -> str:
         self._guilty = rank
-        at = f" (micro-batch {place % RUN} of this run)" if place >= RUN else ""
-        return f"{self.places[rank]} {what} for {self.timeout:g} s{at}"
+        return f"{self.places[rank]} {what} for {self.timeout:g} s"
 
     def _watch_store(self) -> None:
         before = time.monotonic()
@@ -153,6 +154,7 @@ class Pulse:
         """Says it once a host and ends this process, whose main thread may stand in a collective for ever."""
         if tell and self.rank == 0:
             self.store.set("lost", f"{guilty} {line}")
+            time.sleep(2 * self.interval)  # the store may go with this process: the others have heard it by then
         if self.when_lost is not None:
             self.when_lost(line)
         node = self.places[self.rank].node

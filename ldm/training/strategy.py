@@ -91,8 +91,8 @@ def timeout_of(trainer: dict[str, Any]) -> float:
     return float(seconds)
 
 
-def check_trainer(trainer: dict[str, Any]) -> None:
-    """ConfigError for a trainer that would start processes itself, or cut the model into pieces."""
+def check_strategy(trainer: dict[str, Any]) -> str:
+    """The strategy's name; ConfigError for one that would start processes itself, or cut the model into pieces."""
     strategy = trainer.get("strategy", "auto")
     target = strategy.get("_target_", "") if isinstance(strategy, dict) else ""
     name = target.rsplit(".", 1)[-1] if target else strategy
@@ -101,7 +101,12 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             f"trainer.strategy={name}: every process holds the whole model here, and so do averages and checkpoints: "
             f"strategies that cut it up, or start processes, are not supported. {TORCHRUN}; task=plan says what fits."
         )
-    here = launch()
+    return name
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """ConfigError for a trainer that does not fit how the processes were started."""
+    name, here = check_strategy(trainer), launch()
     if here.world_size > 1:
         if name == "SingleDeviceStrategy":
             raise ConfigError(f"trainer.strategy={name} is for one process, not {here.world_size}: trainer=ddp.")
@@ -148,6 +153,8 @@ def opened(trainer: L.Trainer) -> Iterator[None]:
     if not isinstance(trainer.strategy, DDPStrategy):
         yield
         return
+    if met() is None:
+        print(f"one process: more are started from outside, {TORCHRUN}", flush=True)
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
