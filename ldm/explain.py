@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -11,6 +12,8 @@ import yaml
 
 from ldm.config import Root, nearest
 from ldm.errors import ConfigError
+
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str | None:
@@ -22,6 +25,8 @@ def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str |
     for e in chain:
         if isinstance(e, ConfigError):
             return _one_line(str(e))
+    if isinstance(error, OSError) and error.filename and error.errno in _NOT_OURS:
+        return _one_line(f"{error.filename} cannot be read or written ({error.strerror}): give another path.")
     if isinstance(error, yaml.YAMLError):
         return f"a configuration file is not YAML: {_one_line(str(error))}"
     if not any(isinstance(e, (HydraException, OmegaConfBaseException)) for e in chain):
@@ -86,4 +91,4 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -61,7 +61,9 @@ def interpreted(what: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read ({_reason(error)}): give another path.") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{what} is not what it says ({type(error).__name__}: {shown(error, 120)}): it is damaged, or of a "
             "kind that is not read. Fetch it again."

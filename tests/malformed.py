@@ -193,10 +193,11 @@ for _key in ("block_out_channels", "attention_head_dim", "norm_num_groups", "in_
     for _value in (0, -4, HUGE, [HUGE, HUGE], "many", [None, None]):
         settings("unet/config.json", f"{_key}={_value}", "load", **{_key: _value})
 settings("unet/config.json", "10^9 transformers", transformer_layers_per_block=HUGE)
+settings("unet/config.json", "10^9 layers", "train", layers_per_block=HUGE)
 settings("unet/config.json", "unknown blocks", down_block_types=["Block"] * 2)
 settings("unet/config.json", "blocks that are no texts", down_block_types=[[1], {}])
 settings("unet/config.json", "sample_size 10^9", sample_size=HUGE)
-settings("unet/config.json", "sample_size a list", "convert", sample_size=[64, 64])
+settings("unet/config.json", "sample_size a list of texts", "convert", sample_size=["64", "64"])
 for _value in (0, -1, float("nan"), float("inf"), None, "much", [1], True):
     settings("vae/config.json", f"scaling_factor={_value}", "sample" if _value == 0 else "load", scaling_factor=_value)
 settings("vae/config.json", "shift_factor text", "load", shift_factor="far")
@@ -301,7 +302,7 @@ alone("safetensors", "metadata a list", lambda p: header(p, {"__metadata__": [1]
 alone("safetensors", "a header nested 10^5 deep", lambda p: header(p, b'{"a":' + b"[" * 10**5))
 alone("safetensors", "shape of texts", lambda p: header(p, {"a": F32 | {"shape": "1"}}, b"1234"), "adapter")
 alone("safetensors", "a folder", lambda p: p.mkdir(), "sample", "adapter")
-alone("safetensors", "a pipe", os.mkfifo, "sample", "convert", "adapter", "merge")
+alone("safetensors", "a pipe", os.mkfifo, "sample", "convert", "adapter", "merge", "train")
 alone("safetensors", "/dev/zero", lambda p: p.symlink_to("/dev/zero"), "sample", "adapter")
 alone("safetensors", "a link to itself", lambda p: p.symlink_to(p), "sample", "adapter")
 alone(
@@ -348,7 +349,7 @@ metadata("words cut", "ldm.tokenizer", lambda s: json.dumps({"tokenizer.json": "
 
 # torch's files.
 SELF = b"\x80\x02}q\x00" + text("state_dict") + b"h\x00s."  # a dict that is its own state_dict
-alone("ckpt", "a dict in itself", lambda p: archive(p, SELF), "sample", "adapter", "convert")
+alone("ckpt", "a dict in itself", lambda p: archive(p, SELF), "sample", "adapter", "convert", "train")
 alone("ckpt", "10^6 nested tuples", lambda p: archive(p, b"\x80\x02})" + b"\x85" * 10**6 + text("a") + b"s."))
 alone(
     "ckpt",
@@ -476,6 +477,7 @@ for _key in ("layers_per_block", "transformer_depth", "in_channels", "norm_group
             "sample" if _value == HUGE else "load",
         )
 own("10^9 layers", lambda n: n["text_encoder"].update(layers=HUGE), "encode")
+own("10^9 layers in the network", lambda n: n["model"].update(layers_per_block=HUGE), "train")
 own("10^9 words", lambda n: n["text_encoder"].update(vocab_size=HUGE), "evaluate")
 own("image_size 10^9", lambda n: n.update(image_size=HUGE), "sample")
 own("image_size text", lambda n: n.update(image_size="big"))

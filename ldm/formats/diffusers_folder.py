@@ -82,9 +82,9 @@ def _described(
     if "unet" in configs and "vae" in configs:
         pixels = 2 ** (len(nodes["autoencoder"]["block_channels"]) - 1)
         side = sample_size(configs["unet"], pipeline)
-        nodes["image_size"] = (
-            _IMAGE_SIZE if side is None else pixels * whole(side, "sample_size", where["unet"], 1, 2048)
-        )
+        said = [] if side is None else side if isinstance(side, list) else [side]
+        sides = {whole(n, "sample_size", where["unet"], most=2048) for n in said}
+        nodes["image_size"] = pixels * sides.pop() if len(sides) == 1 else _IMAGE_SIZE
     scaling = fold.checked(vae.get("scaling_factor", SCALING), where["vae"]) if vae else None
     shift = vae.get("shift_factor")
     if shift is not None:

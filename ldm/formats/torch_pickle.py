@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.errors import ConfigError
 from ldm.untrusted import shown
 
-INSTRUCTIONS = 2**21  # of a file at most; a Stable Diffusion with averages and optimizer has a hundred thousand
+INSTRUCTIONS = 2**20  # of a file at most; a Stable Diffusion with averages and optimizer has a hundred thousand
 _DTYPES: dict[str, torch.dtype] = {
     "Float": torch.float32,
     "Half": torch.float16,

@@ -145,7 +145,11 @@ def verify(folder: Path) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        try:
+            digest = _sha256(path)
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if digest != entry["sha256"]:
             return f"{path} is damaged: its digest is not the one in the manifest"
     return None
 

@@ -15,8 +15,9 @@ from ldm.formats.diffusers_folder import load_part, weights_file
 from ldm.formats.known import SCALING
 from ldm.formats.open import float32
 from ldm.text.clip import CLIPText
+from ldm.text.encoder import TextEncoder
 from ldm.training.assemble import Parts, fill
-from ldm.untrusted import read_json
+from ldm.untrusted import interpreted, read_json
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt", "config.json")
@@ -25,6 +26,11 @@ TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt", "config.json")
 def load_pretrained(parts: Parts, filled: set[str]) -> None:
     """Fills the parts that name `pretrained` weights, except those that a checkpoint has `filled` ("vae", ...)."""
     autoencoder, text_encoder = parts.autoencoder, parts.text_encoder
+    with interpreted("what pretrained= names"):
+        _load(autoencoder, text_encoder, filled)
+
+
+def _load(autoencoder: Autoencoder, text_encoder: TextEncoder | None, filled: set[str]) -> None:
     if autoencoder.pretrained and "vae" not in filled:
         load_autoencoder(autoencoder, autoencoder.pretrained)
     if isinstance(text_encoder, CLIPText) and text_encoder.pretrained and "text_encoder" not in filled:
