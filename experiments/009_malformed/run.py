@@ -36,6 +36,7 @@ def commands(path: Path, base: Path) -> dict[str, list[str]]:
         "convert": ["task=convert", f"checkpoint={path}", "format=ldm", "output=out"],
         "convert_adapter": ["task=convert", f"checkpoint={path}", "format=peft", "output=out.safetensors"],
         "merge": ["task=merge", f"checkpoints=[{path},{path}]", "output=out"],
+        "train": ["experiment=finetune", f"checkpoint={path}", f"images={base}"],
         "evaluate": ["task=evaluate", f"checkpoint={path}"],
         "encode": ["task=encode", f"checkpoint={path}", f"shards={base}"],
     }
