@@ -224,6 +224,15 @@ def test_smoothing_keeps_a_constant_and_the_raw_curve(make: MakeRun) -> None:
     assert raw.get_ydata().tolist() == [2.0] * 3 and np.allclose(smooth.get_ydata(), 2.0)
 
 
+def test_smoothing_does_not_lag(make: MakeRun) -> None:
+    """A falling line stays where it is, from the first point to the last."""
+    run = make(step=40)
+    for step in range(1, 41):
+        RunLogger(run.path, 4).log_metrics({"train/loss": 5.0 - step / 10}, step)
+    raw, smooth = plot_loss(run, smooth=10).axes[0].lines[:2]
+    assert np.allclose(raw.get_ydata(), smooth.get_ydata())
+
+
 def test_plot_loss_by_t_has_windows_of_training_and_steps_of_validation(make: MakeRun) -> None:
     train, val, bar = plot_loss_by_t(make(step=24)).axes
     assert len(train.lines) == 6 and len(val.lines) == 1

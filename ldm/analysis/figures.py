@@ -18,10 +18,10 @@ from ldm.errors import ConfigError
 CURVES = 6  # steps shown in one picture
 
 
-def plot_loss(runs: Run | str | Sequence[Run | str], smooth: float = 0.0) -> Figure:
+def plot_loss(runs: Run | str | Sequence[Run | str], smooth: int = 0) -> Figure:
     """Training loss (line) and validation loss (dots, one standard error) against the images seen.
 
-    smooth: half-life, in logged points, of the average drawn over the training loss; 0 draws it as logged.
+    smooth: logged points on either side that the line over the training loss is the mean of; 0 draws it as logged.
 
     >>> plot_loss([Run("outputs/eps"), Run("outputs/v")], smooth=10)
     """
@@ -94,20 +94,28 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, every
 
 
-def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: float) -> None:
+def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: int) -> None:
     metrics = run.metrics
     if "train/loss" in metrics:
         train = metrics.dropna(subset=["train/loss"])
         loss = train["train/loss"]
         if smooth > 0:
             axes.plot(train["images"], loss, color=colour, alpha=0.25)
-            loss = loss.ewm(halflife=smooth).mean()
+            loss = _centred(loss.to_numpy(), smooth)
         axes.plot(train["images"], loss, color=colour, label=f"{run.name}, training")
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
         error = val.get("val/loss_standard_error")
         label = f"{run.name}, validation"
         axes.errorbar(val["images"], val["val/loss"], error, color=colour, fmt="o--", ms=4, capsize=2, label=label)
+
+
+def _centred(values: np.ndarray, width: int) -> np.ndarray:
+    """Means over `width` points on either side, over fewer but equally many near the ends: straight lines stay."""
+    n = len(values)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    reach = np.minimum(width, np.minimum(np.arange(n), np.arange(n)[::-1]))
+    return (sums[np.arange(n) + reach + 1] - sums[np.arange(n) - reach]) / (2 * reach + 1)
 
 
 def _chosen(table: pd.DataFrame) -> pd.DataFrame:

@@ -171,12 +171,14 @@ class Stages:
         self.config, self.arm = config, arm
         self.made: dict[str, Any] = {}  # stage -> where its result is, for the report
         self.found: dict[str, Any] = {}  # keys that earlier stages pass on
+        self.run_directory = Path()  # of what was trained last: the report's place
         unknown = [s for s in config.stages if s not in STAGES]
         if unknown:
             raise ConfigError(
                 f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}."
             )
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
+        self._check_inputs()
         for stage in self.stages:
             check(self.configured(stage))
             if stage == "evaluate":  # refused now, not after hours
@@ -184,6 +186,25 @@ class Stages:
         check_builds(plain(self.configured(self.stages[-1])))
         if config.optimized_metric:
             check_optimized(config.optimized_metric, self.measured())
+
+    def _check_inputs(self) -> None:
+        """ConfigError where a stage that is left out would have made what a later one needs."""
+        trains = [s for s in ("autoencoder", "diffusion") if s in self.stages]
+        given, model = bool(self.config.shards), bool(self.config.checkpoint or trains)
+        lacking = {s: "data: leave stages.prepare on, give shards=PATH" for s in ("autoencoder", "encode", "diffusion")}
+        if given or "prepare" in self.stages:
+            lacking = {}
+        if not (given or self.config.checkpoint or "autoencoder" in self.stages):
+            lacking["encode"] = "a trained autoencoder: leave stages.autoencoder on, give checkpoint=RUN"
+        if not model:
+            lacking["evaluate"] = "a model: leave stages.diffusion or stages.autoencoder on, give checkpoint=RUN"
+        if not trains:
+            lacking["report"] = "a run: leave stages.diffusion or stages.autoencoder on"
+        for stage in self.stages:
+            if stage in lacking:
+                raise ConfigError(f"stages.{stage} needs {lacking[stage]}, or leave it out, stages.{stage}=false.")
+        if not self.stages:
+            raise ConfigError("every stage is left out, so there is nothing to do: leave one of stages. on.")
 
     def run(self) -> dict[str, float]:
         self._require_captions()
@@ -261,6 +282,7 @@ class Stages:
         finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
         _say(finished)
         self.found["checkpoint"] = str(finished.path)
+        self.run_directory = finished.path
         self.made["autoencoder"] = {"path": str(finished.path), "step": finished.step}
         return {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
 
@@ -284,6 +306,8 @@ class Stages:
     def evaluate(self, values: dict[str, Any]) -> dict[str, float]:
         # Runs of all seeds are scored on the same draws, which task=evaluate of any of them makes too.
         values["seed"] = (self.config.stages.evaluate or {}).get("seed", 0)
+        # Where no diffusion model is, the autoencoder is scored.
+        values["checkpoint"] = values["checkpoint"] or str(self.run_directory)
 
         def score() -> tuple[dict[str, float], str]:
             with alone(values["outputs"], "evaluate"):
