@@ -159,7 +159,7 @@ def test_pictures_during_training_are_noted_and_training_goes_on(data, tmp_path,
 def test_scores_that_are_not_finite_are_null_and_named(data, tmp_path, monkeypatch, capsys):
     shards, run, _ = data
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_reconstruction", lambda *rest: {"psnr": math.inf, "ssim": math.nan, "mse": 0.5})
+        patch.setattr(evaluation, "scores", lambda *rest: {"psnr": math.inf, "ssim": math.nan, "mse": 0.5})
         settings = config(f"checkpoint={run}", f"shards={shards}", f"output={tmp_path / 'scores'}")
         found, _ = evaluation.evaluate_run(settings)
         assert found["psnr"] == math.inf
