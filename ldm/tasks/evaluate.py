@@ -33,6 +33,7 @@ from ldm.training.checkpoints import run_of
 from ldm.training.loading import as_ours
 from ldm.training.run_directory import read_json, write_json
 from ldm.training.solvers import sampling_settings
+from ldm.training.wandb_mirror import add_scores
 
 BATCH = 64
 UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
@@ -84,6 +85,8 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
         print(f"not finite, and null in evaluation.json: {', '.join(f'{k} is {v}' for k, v in strange.items())}")
     numbers = {"metrics": result | dict.fromkeys(strange)} | ({"not_finite": strange} if strange else {})
     write_json(output / "evaluation.json", {"key": key, "checkpoint": str(folder), "asked": asked, **numbers})
+    group = "evaluation" if config["weights"] == "ema" else "evaluation-raw"
+    add_scores(run_of(folder), {f"{group}/{k}": v for k, v in result.items() if v is not None})
     return result, output
 
 

@@ -50,4 +50,4 @@ def of_training(values: Mapping[str, Any]) -> Names:
 def of_evaluation(node: Mapping[str, Any] | None) -> Names:
     """Names of the scores of task=evaluate, from the metrics that give them."""
     nodes = [] if not node else [node] if "_target_" in node else list(node.values())
-    return {name for n in nodes for name in getattr(build(n, "metric"), "scores", [UNKNOWN])}
+    return {name for n in nodes if n for name in getattr(build(n, "metric"), "scores", [UNKNOWN])}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import socket
 import subprocess
@@ -80,7 +81,9 @@ class RunDirectory:
             ) from error
         self.check_identity()
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-        write_json(self.path / "run.json", {"identity": self.identity, "digest": digest(self.identity), **provenance()})
+        nonce = read_json(self.path / "run.json").get("nonce") or secrets.token_hex(4)  # in W&B's id, all its life
+        about = {"identity": self.identity, "digest": digest(self.identity), "nonce": nonce, **provenance()}
+        write_json(self.path / "run.json", about)
 
     def close(self) -> None:
         if self._lock is not None:
