@@ -95,7 +95,7 @@ class Root:
         "sample convert train evaluate encode merge",
         "diffusers folder, or run or config.yaml of ours, that says what a single file of unpublished sizes does not",
     )
-    adopt: bool = key(False, "train", "model, text encoder, autoencoder, schedule and target are the checkpoint's")
+    adopt: bool | None = key(False, "train", "the architecture is the checkpoint's; null: where checkpoint= is given")
     scheduler_config: Any = key(None, "train", "diffusers' scheduler_config.json of an adopted checkpoint")
     export: str | None = key(None, "train", "also write the result as diffusers or compvis when training ends")
     stages: Any = field(

@@ -69,7 +69,7 @@ def _rows(made: Plan) -> list[tuple[str, int, int, int]]:
 
 def _adopt(config: DictConfig) -> None:
     """With adopt=true the architecture is that of a checkpoint folder of ours; others would have to be converted."""
-    if not (config.adopt and config.checkpoint):
+    if config.adopt is False or not config.checkpoint:
         return
     if not is_ours(Path(config.checkpoint)):
         raise ConfigError(

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from ldm.build import build
 from ldm.config import check, digest, plain
 from ldm.data.writer import Written, write_dataset
+from ldm.errors import ConfigError
 
 
 def prepare(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
@@ -22,6 +23,10 @@ def prepare(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 def prepare_shards(config: dict, output: Path | None = None) -> Written:
     """The source's samples as shards; left as they are when they are there already."""
+    if config.get("images") and "images" not in config["source"]:
+        raise ConfigError(
+            f"images={config['images']} is not read by {config['source']['_target_']}: add source=folder."
+        )
     source = build(config["source"], "source")
     identity = source.identity()
     output = output or Path(config["outputs"]) / "stages" / f"shards-{digest(identity)}"

@@ -60,6 +60,8 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 
 def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
+    if config.adopt is None:
+        config.adopt = bool(config.checkpoint)
     templates = caption_templates(plain(config))  # refused before anything is read
     if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
         refuse_unsaid(config.adapter.textual_inversion.placeholder, templates.all([]))
@@ -178,6 +180,8 @@ class Stages:
                 f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], STAGES)} {', '.join(STAGES)}."
             )
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
+        if config.checkpoint and {"autoencoder", "diffusion"} <= set(self.stages):
+            self.stages.remove("autoencoder")  # another one would not be that which the checkpoint's model knows
         self._check_inputs()
         for stage in self.stages:
             check(self.configured(stage))
