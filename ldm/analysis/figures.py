@@ -98,10 +98,10 @@ def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: int) -> None:
     metrics = run.metrics
     if "train/loss" in metrics:
         train = metrics.dropna(subset=["train/loss"])
-        loss = train["train/loss"]
+        loss = train["train/loss"].to_numpy()
         if smooth > 0:
             axes.plot(train["images"], loss, color=colour, alpha=0.25)
-            loss = _centred(loss.to_numpy(), smooth)
+            loss = _centred(loss, smooth)
         axes.plot(train["images"], loss, color=colour, label=f"{run.name}, training")
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
