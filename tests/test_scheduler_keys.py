@@ -382,3 +382,42 @@ def test_our_own_schedulers_judge_their_numbers(name, options):
     with pytest.raises(ConfigError, match=next(iter(options))) as refusal:
         build_node(read_node(conf_dir() / "scheduler" / f"{name}.yaml") | options, "scheduler")
     assert "\n" not in str(refusal.value)
+
+
+# diffusers' tests/schedulers say these means of |x| after ten steps of x t/(t + 1) on its linear table.
+MULTISTEP = {"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False, "final_sigmas_type": "sigma_min"}
+SINGLESTEP = {"_class_name": "DPMSolverSinglestepScheduler", "final_sigmas_type": "sigma_min"}
+UNIPC = {"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"}
+V, KARRAS = {"prediction_type": "v_prediction"}, {"use_karras_sigmas": True}
+THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.87, "sample_max_value": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "mean"),
+    [
+        (MULTISTEP, 0.3301),
+        (MULTISTEP | V, 0.2251),
+        (MULTISTEP | THRESHOLD, 1.1364),
+        (MULTISTEP | V | {"use_lu_lambdas": True}, 0.1554),
+        (SINGLESTEP, 0.2791),
+        (SINGLESTEP | V, 0.1453),
+        (SINGLESTEP | KARRAS, 0.2248),
+        (UNIPC, 0.2464),
+        (UNIPC | KARRAS, 0.2925),
+        ({"_class_name": "DEISMultistepScheduler"}, 0.23916),
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, 0.223967),
+        ({"_class_name": "PNDMScheduler"} | V, 0.0878),
+    ],
+    ids=str,
+)
+def test_numbers_that_diffusers_own_tests_have(said, mean):
+    x = (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
+    config = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", **said}
+    made = {key: build_node(node) for key, node in nodes(config).items()}
+    solver = solver_of(None, config)
+
+    def denoise(x_t, level):
+        return made["parameterization"].x0(x_t, x_t * level.timestep / (level.timestep + 1), level)
+
+    *_, last = solver(denoise, solver.levels(made["scheduler"], 10), x, None)
+    assert last.x_next.abs().mean() == pytest.approx(mean, abs=1e-3)
