@@ -190,9 +190,8 @@ def main(folder: Path, output: Path) -> None:
         writer.writerow(("class", "test", "theirs", "ours", "reason"))
         writer.writerows(rows)
     passed = sum(ours for _, _, theirs, ours, _ in rows if theirs)
-    print(
-        f"{sum(theirs for _, _, theirs, _, _ in rows)} of {len(rows)} loops pass with theirs, {passed} of those with ours"
-    )
+    total = sum(theirs for _, _, theirs, _, _ in rows)
+    print(f"{total} of {len(rows)} loops pass with theirs, {passed} of those with ours")
     for name, test, _, ours, reason in rows:
         if not ours:
             print(f"  {name}.{test}: {reason}")
