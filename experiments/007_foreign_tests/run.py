@@ -63,12 +63,12 @@ class Shim:
         self.calls, x = [], torch.zeros(1, 1, 2, 2)
 
         def denoise(x_t, level):
-            self.calls.append((float(level.timestep), min(done, len(self.levels) - 2), level))
+            self.calls.append((float(level.timestep), min(len(walked), len(self.levels) - 2), level))
             return torch.zeros_like(x_t)
 
-        done = 0
-        for _ in self.solver(denoise, self.levels, x, torch.zeros_like):
-            done += 1
+        walked = []
+        for step in self.solver(denoise, self.levels, x, torch.zeros_like):
+            walked.append(step.level)
         self.timesteps = torch.tensor([t for t, _, _ in self.calls])
         runge_kutta = 12 if self.solver.name == "pndm_runge_kutta" else 0
         self.prk_timesteps, self.plms_timesteps = self.timesteps[:runge_kutta], self.timesteps[runge_kutta:]
