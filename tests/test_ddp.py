@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from commands import ENVIRONMENT, metrics
+from few import SHORT, make_pictures, run
+from ranks import command, on_ranks
 from safetensors.torch import load_file
 from tiny_training import make_data
 
@@ -74,3 +76,47 @@ def test_two_processes_are_one_that_accumulates_two(tmp_path):
     # The digest is the same: where a run happens is not what it is.
     digests = {json.loads((tmp_path / "outputs" / n / "run.json").read_text())["digest"] for n in ("one", "two")}
     assert len(digests) == 1 and "RANK" not in os.environ
+
+
+SAYS = 'instance_prompt="a photo of a <new> cat"'
+PLAIN = 'instance_prompt="a photo of a cat"'
+ADAPTERS = {
+    "lora": [
+        "adapter=[lora]",
+        PLAIN,
+        "adapter.lora.dropout=0.5",
+        "adapter.lora.text_encoder=true",
+        "adapter.lora.lr=1e-2",
+    ],
+    "dora": ["adapter=[lora]", PLAIN, "adapter.lora.dora=true", "adapter.lora.layers=all", "adapter.lora.lr=1e-2"],
+    "word": ["adapter=[textual_inversion]", SAYS, "adapter.textual_inversion.lr=1e-2"],
+    "hypernetwork": [
+        "adapter=[hypernetwork]",
+        PLAIN,
+        "adapter.hypernetwork.dropout=[0,0.3,0]",
+        "adapter.hypernetwork.lr=1e-2",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_with_dropout_on_two_processes(tmp_path, sd1_folder, kind):
+    """Also what dropout leaves out is decided by the place in the step, not by the process."""
+    images = make_pictures(tmp_path / "images", 8)
+    typed = [*ADAPTERS[kind], f"images={images}", "callbacks.validation=null", "batch_size=2", "lr_scheduler=constant"]
+    (tmp_path / "one").mkdir()
+    run("finetune", sd1_folder, tmp_path / "one", *typed, "accumulate=2")
+    here = [
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        f"outputs={tmp_path}/two",
+        "name=mine",
+        f"checkpoint={sd1_folder}",
+    ]
+    two = on_ranks(command("experiment=finetune", *SHORT, *(t.replace('"', "") for t in typed), *here, cwd=tmp_path))
+    assert [r.code for r in two] == [0, 0], two[0].err[-2000:] + two[1].err[-2000:]
+    first, second = metrics(tmp_path / "one/mine"), metrics(tmp_path / "two/mine")
+    assert first.keys() == second.keys() and len(first) == 3
+    for step, values in first.items():
+        assert values == pytest.approx(second[step], rel=1e-6), step
