@@ -13,6 +13,7 @@ from ldm.diffusion.guidance import AdaptiveProjected, Autoguidance, ClassifierFr
 from ldm.errors import ConfigError
 
 PARAMETERIZATIONS = options("parameterization")
+GUIDERS = [name for name in options("guider") if name != "own"]  # own: the checkpoint's, one of the others
 COND, REFERENCE = Condition(context=randn(2, 5, 6)), Condition(context=randn(2, 5, 6, seed=1))
 
 
@@ -72,7 +73,7 @@ def test_classifier_free_is_the_published_formula(denoiser, level, x_t, batched)
     close(denoise(x_t, level), x0_negative + 7.5 * (x0_positive - x0_negative))
 
 
-@pytest.mark.parametrize("name", options("guider"))
+@pytest.mark.parametrize("name", GUIDERS)
 def test_where_nothing_is_guided_the_caption_is_asked_once(name, level, x_t):
     denoiser = denoiser_of()
     alone, ratio = denoiser(x_t, level, COND), level.ratio
@@ -86,7 +87,7 @@ def test_where_nothing_is_guided_the_caption_is_asked_once(name, level, x_t):
         assert denoiser.model.calls == 1
 
 
-@pytest.mark.parametrize("name", options("guider"))
+@pytest.mark.parametrize("name", GUIDERS)
 def test_inside_the_interval_it_is_as_without_one(name, level, x_t):
     denoiser, answers = denoiser_of(), []
     for interval in (None, [level.ratio, level.ratio], [level.ratio / 2, 2 * level.ratio]):
@@ -181,7 +182,7 @@ def test_autoguidance_hears_the_caption_in_the_weak_models_own_words(level, x_t)
     )
 
 
-@pytest.mark.parametrize("name", options("guider"))
+@pytest.mark.parametrize("name", GUIDERS)
 @pytest.mark.parametrize("batched", [True, False])
 def test_concatenated_channels_stand_in_both_branches_unscaled(name, batched, x_t):
     denoiser = denoiser_of("edm", scheduler="edm", in_channels=9)  # x_t itself is divided there

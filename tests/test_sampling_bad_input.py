@@ -42,9 +42,9 @@ REFUSED = [  # options, words of the one line
     ({"height": 64.0}, "height=64.0: must be a whole number"),
     ({"init_image": PICTURE, "height": 60}, "height=60 is not divisible"),
     ({"init_image": PICTURE, "width": 0}, "width=0: must be at least 8"),
-    ({"num_steps": 0}, "num_steps=0: sampling needs at least one step, for example num_steps=30"),
+    ({"num_steps": 0}, "num_steps=0 must be a whole number from 1 to 100000: use 30"),
     ({"num_steps": 2.5}, "num_steps=2.5: must be a whole number"),
-    ({"num_steps": 1001}, "num_steps=1001 is more than the scheduler's 1000"),
+    ({"num_steps": 1001}, "not find as many different levels on the scheduler's 1000 timesteps: use num_steps=999"),
     ({"num_images": 0}, "num_images=0: must be at least 1"),
     ({"seed": [1, 2]}, "2 seeds for 1 images: give one seed, or one an image"),
     ({"seed": []}, "0 seeds for 1 images"),
@@ -151,9 +151,9 @@ def test_checkpoints_that_are_none(tmp_path, sd1_folder, tiny_run):
     (tmp_path / "text.safetensors").write_text("not found")
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     for path, words in [
-        (sd1_folder / "unet", "unet holds unet alone: give the folder of the whole pipeline, the one with model_index"),
+        (sd1_folder / "unet", "unet has no autoencoder and no text encoder: it holds U-Net only. Give config=PATH"),
         (sd1_folder / "vae", "is an autoencoder: nothing to sample from.*folder or file of a whole pipeline"),
-        (sd1_folder / "text_encoder", "holds text_encoder alone"),
+        (sd1_folder / "text_encoder", "text_encoder has no U-Net and no autoencoder: it holds text encoder only"),
         (tmp_path / "text.safetensors", "holds text, not tensors"),
         (tmp_path / "lora.safetensors", "is a LoRA: it is an adapter.*as an adapter of it"),
         (tmp_path, r"is no checkpoint: it has no model_index\.json"),

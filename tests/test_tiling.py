@@ -121,15 +121,15 @@ def test_batches_are_decoded_in_slices(monkeypatch):
     autoencoder = AutoencoderKL(block_channels=[8, 16], layers_per_block=1, norm_groups=4).eval()
     autoencoder.latents.set(0.3, 2.0)
     sampler, x0 = Sampler(None, autoencoder, None), torch.randn(5, 4, 6, 8)
-    whole = sampler.decode(x0)
+    whole = sampler.decode(x0)  # other batch sizes add in another order: 1.3e-6 apart, measured with AVX512
     decode, sizes = autoencoder.decode, []
     monkeypatch.setattr(autoencoder, "decode", lambda z: sizes.append(len(z)) or decode(z))
     monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 2 * 12 * 16)
-    torch.testing.assert_close(sampler.decode(x0), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sampler.decode(x0), whole, atol=1e-5, rtol=0)
     monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 1)  # less than one picture
-    torch.testing.assert_close(sampler.decode(x0), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sampler.decode(x0), whole, atol=1e-5, rtol=0)
     assert sizes == [2, 2, 1] + 5 * [1]
-    torch.testing.assert_close(whole, decode(x0 * 2.0 + 0.3).clamp(-1, 1).detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole, decode(x0 * 2.0 + 0.3).clamp(-1, 1).detach(), atol=1e-5, rtol=0)
 
 
 def test_out_of_memory_ends_in_tiles_and_a_warning(monkeypatch, small_tiles, recwarn):

@@ -255,13 +255,9 @@ class Stages:
         if self.config.class_shards:
             self.made["prior"] = {"path": self.config.class_shards}
             return {}
-
-        def make() -> Written:
-            if "prepare" in self.stages and not self.config.shards:
-                build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
-            return class_latents(values)
-
-        written = _written("prior", values, make)
+        if "prepare" in self.stages and not self.config.shards:
+            build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
+        written = _written("prior", values, lambda: class_latents(values))
         self.found["class_shards"] = written["path"]
         self.made["prior"] = {k: written[k] for k in ("path", "samples")}
         return {}
