@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from ldm.allowed import read_allowed
+from ldm.allowed import only_allowed
 from ldm.errors import ConfigError
 from ldm.training.run_directory import read_json
 from ldm.training.totals import bin_times, binned
+from ldm.untrusted import read_yaml
 
 Scalars = dict[str, Any]
 
@@ -43,7 +44,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return read_allowed(self.path / "config.yaml")
+        return read_yaml(self.path / "config.yaml")
 
     @property
     def status(self) -> dict[str, Any]:
@@ -84,7 +85,9 @@ class Run:
     def x0_error(self) -> pd.DataFrame:
         """The squared error of the jump to x0 in validation, long: step, bin, t, sigma (sigma/alpha), x0_error."""
         frame = self._by_t("val/x0_error_by_t", "x0_error")
-        sigma = _sigmas(self.config["scheduler"]) if len(frame) else {}
+        sigma = (
+            _sigmas(only_allowed({"scheduler": self.config["scheduler"]}, self.path)["scheduler"]) if len(frame) else {}
+        )
         return frame.assign(sigma=frame["bin"].map(sigma))[["step", "bin", "t", "sigma", "x0_error"]]
 
     def pictures(self, key: str | None = None) -> pd.DataFrame:
