@@ -116,6 +116,17 @@ def test_x0_error_stands_at_the_levels_of_the_runs_own_scheduler(make: MakeRun) 
     assert np.allclose(frame["x0_error"], frame["bin"] / 10)
 
 
+def test_a_run_with_classes_of_ones_own_is_read_and_nothing_of_it_is_built(make: MakeRun) -> None:
+    run = make()
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    mine = {"_target_": "mine.Net", "width": 3}
+    (run.path / "config.yaml").write_text(yaml.safe_dump({**config, "model": mine}))
+    assert Run(run.path).config["model"] == mine and len(Run(run.path).x0_error())
+    (run.path / "config.yaml").write_text(yaml.safe_dump({**config, "scheduler": {"_target_": "os.system"}}))
+    with pytest.raises(ConfigError, match=r"scheduler names os\.system"):
+        Run(run.path).x0_error()
+
+
 def test_pictures_are_found_by_key_and_step(make: MakeRun) -> None:
     run = make()
     logger = RunLogger(run.path)

@@ -85,9 +85,7 @@ class Run:
     def x0_error(self) -> pd.DataFrame:
         """The squared error of the jump to x0 in validation, long: step, bin, t, sigma (sigma/alpha), x0_error."""
         frame = self._by_t("val/x0_error_by_t", "x0_error")
-        sigma = (
-            _sigmas(only_allowed({"scheduler": self.config["scheduler"]}, self.path)["scheduler"]) if len(frame) else {}
-        )
+        sigma = _sigmas(self.config, self.path) if len(frame) else {}
         return frame.assign(sigma=frame["bin"].map(sigma))[["step", "bin", "t", "sigma", "x0_error"]]
 
     def pictures(self, key: str | None = None) -> pd.DataFrame:
@@ -190,11 +188,11 @@ def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("/"))
 
 
-def _sigmas(scheduler: dict[str, Any]) -> dict[int, float]:
+def _sigmas(config: dict[str, Any], source: Path) -> dict[int, float]:
     """sigma/alpha at the middle of every time bin, where validation looks at the jump."""
     from ldm.build import build
 
-    made = build(scheduler, "scheduler")
+    made = build(only_allowed({"scheduler": config["scheduler"]}, source)["scheduler"], "scheduler")
     levels = [made.level(made.snap(t)) for t in bin_times()]
     return {i: float(level.ratio) for i, level in enumerate(levels)}
 
