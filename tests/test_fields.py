@@ -10,6 +10,7 @@ from commands import here
 from PIL import Image
 from tiny_training import config
 
+import ldm.tasks.evaluate as evaluating
 from ldm.data.captions import SampleError
 from ldm.data.check import check_dataset
 from ldm.data.datamodule import ShardDataModule
@@ -18,7 +19,7 @@ from ldm.data.reader import IndexedShards
 from ldm.data.shards import open_shards, open_split, split_names
 from ldm.errors import ConfigError
 from ldm.tasks.encode import encode_shards
-from ldm.tasks.evaluate import _captions, _image_shards
+from ldm.tasks.evaluate import _captions, _image_shards, evaluate_run
 from ldm.training.run import train_run
 
 
@@ -242,3 +243,20 @@ def test_evaluation_reads_the_captions_chosen(stages):
     images = _image_shards(str(stages["latents-classes"]), fields)
     assert sorted(set(_captions(images, 12, 0)["val"])) == ["a bird", "a cat", "a dog"]
     assert _captions(_image_shards(str(stages["bare"]), Fields()), 3, 0) == {"val": [""] * 3}
+
+
+def test_evaluation_looks_at_what_the_training_held_out(stages, tmp_path, monkeypatch):
+    """Pictures and captions of another share would be some that were trained on."""
+    given = ["module=autoencoder", "image_size=32", "max_steps=1", f"shards={stages['classes']}"]
+    asked = config(*given, "data.validation_fraction=0.5")
+    run = train_run(asked, lambda digest: tmp_path / "run").path
+    seen = {}
+
+    class Spy:
+        def score(self, evaluation):
+            return seen.update({split: sum(map(len, evaluation.real(split, None))) for split in evaluation.splits})
+
+    monkeypatch.setattr(evaluating, "built_metrics", lambda node: {"metric.spy": Spy()})
+    evaluate_run({**asked, "checkpoint": str(run), "shards": None, "output": None, "metric": {}})
+    assert seen == {name: len(open_split(stages["classes"], name, 0.5)) for name in ("train", "val")}
+    assert seen["val"] > 1

@@ -36,6 +36,7 @@ from ldm.training.solvers import sampling_settings
 from ldm.training.wandb_mirror import add_scores
 
 BATCH = 64
+FRACTION = 0.02  # of data.validation_fraction, where nothing says another
 UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
 
 
@@ -64,15 +65,18 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     shards = config["shards"] or trained.get("data", {}).get("shards")
     if shards and not _same(shards, trained.get("data", {}).get("shards")):
         asked["shards"] = str(Path(shards).resolve())
-    fields = fields_of(config["data"] if config["shards"] else trained.get("data", {}))
+    data = config["data"] if config["shards"] else trained.get("data", {})
+    fields, fraction = fields_of(data), data.get("validation_fraction", FRACTION)
     if fields.mark():
         asked["fields"] = fields.mark()
+    if fraction != FRACTION:
+        asked["validation_fraction"] = fraction
     key = digest({**asked, "checkpoint": folder.name, "files": (folder / "manifest.json").read_text()})
     before = read_json(output / "evaluation.json")
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return {k: math.nan if v is None else v for k, v in before["metrics"].items()}, output
     metrics = built_metrics(config["metric"])
-    images = _image_shards(shards, fields)
+    images = _image_shards(shards, fields, fraction)
     output.mkdir(parents=True, exist_ok=True)
     parts.for_sampling().to(task_device())
     pipe = None
@@ -162,17 +166,20 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _image_shards(path: str | None, fields: Fields) -> dict[str, Shards]:
-    """Splits of the images behind a path: of the parent, where the path holds latents."""
+def _image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -> dict[str, Shards]:
+    """Splits of the images behind a path: of the parent, where the path holds latents.
+
+    fraction: the share that the training held out, where the data have no val/ of their own.
+    """
     if not path or not Path(path).exists():
         raise ConfigError(f"the data are not at {path} any more: give shards=PATH of the images to compare with.")
-    first = open_split(path, "train", fields=fields)
+    first = open_split(path, "train", fraction, fields)
     parent = Path(path) if first.kind == "image" else Path(first.facts.get("parent", ""))
     if not parent.is_dir():
         raise ConfigError(f"{path} holds latents, and their images are not at {parent} any more: give shards=PATH.")
     return {
-        name: open_split(parent, name, fields=fields)
-        for name in dict.fromkeys([*split_names(parent, fields=fields), "val"])
+        name: open_split(parent, name, fraction, fields)
+        for name in dict.fromkeys([*split_names(parent, fraction, fields), "val"])
     }
 
 
@@ -195,7 +202,7 @@ def _captions(images: dict[str, Shards], n: int, seed: int) -> dict[str, list[st
     for sample in IndexedShards(images["val"], range(min(n, len(images["val"]))), reading.caption_members):
         with suppress(SampleError):
             texts.append(reading.caption_of(sample) or "")
-    return {"val": texts}
+    return {"val": texts} if texts else {}
 
 
 @torch.no_grad()
