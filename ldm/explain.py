@@ -62,11 +62,19 @@ def _unknown_key(key: str, conf: Path) -> str:
     roots = [f.name for f in fields(Root)]
     if first not in roots:
         return f"{first}= is no key and no group.{nearest(first, roots)} `python -m ldm.run --help` lists them all."
-    leaf = rest.split(".")[-1] if rest else first
-    return f"{key}: {first} has no '{leaf}'.{nearest(leaf, sorted(_keys_below(conf / first)))}"
+    files = sorted((conf / first).glob("*.yaml"))
+    if not rest:
+        options = ", ".join(path.stem for path in files)
+        return f"{first}= takes the name of an option ({options}); what is in it is set by its keys, {first}.KEY=VALUE."
+    leaf = rest.split(".")[-1]
+    having = [path.stem for path in files if leaf in _keys(path)]
+    if having:
+        return f"{key}: the {first} chosen here has no '{leaf}': choose one that has, {first}={'|'.join(having)}."
+    return f"{key}: {first} has no '{leaf}'.{nearest(leaf, sorted(set().union(*map(_keys, files))))}"
 
 
-def _keys_below(folder: Path) -> set[str]:
+def _keys(path: Path) -> set[str]:
+    """All keys in a YAML, at any depth."""
     found: set[str] = set()
 
     def walk(node: object) -> None:
@@ -75,8 +83,7 @@ def _keys_below(folder: Path) -> set[str]:
             for value in node.values():
                 walk(value)
 
-    for path in folder.glob("*.yaml"):
-        walk(yaml.safe_load(path.read_text()))
+    walk(yaml.safe_load(path.read_text(encoding="utf-8")))
     return found
 
 

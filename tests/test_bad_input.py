@@ -20,6 +20,9 @@ FAST = [  # arguments, words of the one line
     (["+foo=1"], "foo"),
     (["trainer={"], "cannot be read"),
     (["task=objective", "shards=x"], "is not read by task=objective"),
+    (["task=sample", "grid.rho=5"], "the grid chosen here has no 'rho': choose one that has, grid=karras."),
+    (["task=sample", "sampler.solve.order=3"], "sampler=deis|dpmpp"),
+    (["task=sample", "guider={rescale: 1}"], "guider= takes the name of an option (apg, autoguidance"),
 ]
 CHECKED = [
     (["batch_size=0"], "batch_size=0: must be at least 1"),

@@ -12,6 +12,7 @@ from published import TABLE as SD
 
 from ldm.errors import ConfigError
 from ldm.formats.schedulers import of_pipeline, sample_size
+from ldm.training.solvers import solver_of
 from ldm.untrusted import read_json
 
 PIPELINES = [
@@ -81,6 +82,16 @@ def test_a_bare_file_means_what_it_says_and_one_that_is_right_is_not_spoken_of()
     assert mended["steps_offset"] == 1 and mended["clip_sample"] is False, (
         "latents are not clipped by sampler=ddim either"
     )
+
+
+@pytest.mark.parametrize("key, value", [("clip_sample", "false"), ("clip_sample", 3), ("steps_offset", "1")])
+def test_what_is_no_value_is_refused_and_not_mended(key, value):
+    """diffusers takes "false" for true, and clips."""
+    file = SD | {"_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1} | {key: value}
+    file |= {"timestep_spacing": "leading"}
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=f"has {key}="):
+        warnings.simplefilter("error")
+        solver_of("own", of_pipeline(file, "StableDiffusionPipeline"))
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,9 @@ def of_pipeline(config: dict[str, Any], pipeline: str) -> dict[str, Any]:
     defaults |= {"clip_sample": True} if name in ("DDIMScheduler", "DDPMScheduler") else {}
     defaults |= {"skip_prk_steps": False} if name == "PNDMScheduler" else {}
     found = defaults | config
-    mended = {k: v for k, v in _MENDED.get(pipeline, {}).items() if k in found and found[k] != v}
+    # What is no value at all, such as "false" in quotes, stays and is refused by its key where it is read.
+    wrong = {k: v for k, v in _MENDED.get(pipeline, {}).items() if k in found and found[k] != v}
+    mended = {k: v for k, v in wrong.items() if found[k] is None or type(found[k]) is type(v)}
     for key, value in mended.items():
         said = f"{key}={json.dumps(config[key])}" if key in config else f"no {key}"
         warnings.warn(
