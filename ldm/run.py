@@ -95,7 +95,8 @@ def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
 
     choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
     task = str(choices["task"])
-    check_keys_are_read(task, overrides)
+    named = () if arm is None else ("name",)  # of the sweep, whatever its arms do
+    check_keys_are_read(task, [o for o in overrides if o.partition("=")[0] not in named])
     if task != "train" and not is_first():  # one process does it, whatever started several
         return {}
     drop_leftovers(config, overrides)

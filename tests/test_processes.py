@@ -1,5 +1,6 @@
 """What several processes say to one another: who they are, what must agree, who works alone, who is lost."""
 
+import csv
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import command, free_port, on_ranks
+from tiny_training import TINY, make_data
 
 from ldm.errors import ConfigError
 from ldm.training import processes
@@ -17,7 +19,8 @@ from ldm.training.randomness import Draws
 from ldm.training.totals import Totals, binned
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
-SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = {**BATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 
 
 @pytest.mark.parametrize(
@@ -27,9 +30,9 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_N
         (TORCHRUN, Launch(3, 4, 1, 1, "torchrun")),
         (SRUN, Launch(3, 4, 1, 1, "srun")),
         (SRUN | TORCHRUN | {"RANK": "0", "WORLD_SIZE": "2"}, Launch(0, 2, 1, 1, "torchrun")),  # srun torchrun
-        (SRUN | {"SLURM_JOB_NAME": "interactive"}, Launch()),  # a shell: nothing was started yet
-        (SRUN | {"SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, Launch(3, 4, 1, 1, "srun")),
-        (SRUN | {"SLURM_NTASKS": "1"}, Launch()),
+        (SRUN | {"SLURM_JOB_NAME": "interactive"}, Launch(3, 4, 1, 1, "srun")),  # typed in a shell of salloc
+        (BATCH, Launch()),  # sbatch: its script, a notebook that it starts
+        (BATCH | {"SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "1"}, Launch()),  # that shell itself
     ],
 )
 def test_who_this_is(monkeypatch, environment, expected):
@@ -195,3 +198,14 @@ def test_other_tasks_are_done_once(tmp_path):
     typed = command("task=prepare", "source=shapes", "source.count=8", "output=shards", cwd=tmp_path)
     assert [r.code for r in on_ranks(typed)] == [0, 0]
     assert (tmp_path / "shards").is_dir()
+
+
+@pytest.mark.slow
+def test_an_arm_that_the_first_process_refuses_is_a_row_and_the_next_runs(tmp_path):
+    _, _, latents = make_data(tmp_path)
+    typed = ["-m", *TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.strategy.timeout=20", "max_steps=1"]
+    typed += [f"shards={latents}", "name=s", "adopt=false", f"checkpoint={tmp_path}/nowhere,null"]
+    ranks = on_ranks(command(*typed, cwd=tmp_path))
+    assert [r.code for r in ranks] == [0, 0], ranks
+    found = list(csv.DictReader((tmp_path / "outputs/s/results.csv").open()))
+    assert [r["state"] for r in found] == ["refused", "finished"], found

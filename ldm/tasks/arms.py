@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config import digest
 from ldm.errors import ConfigError, Ended, NotFinite, SweepError
 from ldm.tasks.measured import unknown_metric
-from ldm.training.processes import is_first
+from ldm.training.meeting import OtherProcess
+from ldm.training.processes import another_can_follow, is_first
 from ldm.training.run_directory import in_json
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
@@ -72,19 +73,23 @@ def run_arm(arm: Arm, task: Callable[[], dict[str, float]], optimized: str | Non
         metrics = task()
     except SweepError as error:
         raise Ended(error) from None
-    except NotFinite as error:
-        _record_failure(arm, error)
-        return None
+    except OtherProcess as other:
+        state = {1: "failed", 2: "refused"}.get(other.exit_code, "interrupted")
+        record(arm, state, {}, str(other))
+        return None if state != "interrupted" and another_can_follow() else _end(other)
     except ConfigError as error:
-        record(arm, "refused", {}, str(error))
-        print(f"refused: {' '.join(arm.changes)}: {error}", file=sys.stderr)
-        return None
+        if isinstance(error, NotFinite):
+            _record_failure(arm, error)
+        else:
+            record(arm, "refused", {}, str(error))
+            print(f"refused: {' '.join(arm.changes)}: {error}", file=sys.stderr)
+        return None if another_can_follow() else _end(error)
     except Exception as error:
         if hasattr(error, "exit_code"):  # training.callbacks.saving.Interrupted
             record(arm, "interrupted", {}, str(error))
-            raise Ended(error) from None
+            _end(error)
         _record_failure(arm, error)
-        return None
+        return None if another_can_follow() else _end(error)
     except BaseException as stop:
         by = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "a scheduler's signal"
         record(arm, "interrupted", {}, f"stopped by {by}")
@@ -94,6 +99,10 @@ def run_arm(arm: Arm, task: Callable[[], dict[str, float]], optimized: str | Non
     (arm.directory / TRACEBACK).unlink(missing_ok=True)  # of an earlier time
     record(arm, "finished", metrics, "")
     return _value(arm, metrics, optimized)
+
+
+def _end(error: Exception) -> NoReturn:
+    raise Ended(error) from None
 
 
 def _record_failure(arm: Arm, error: Exception) -> None:

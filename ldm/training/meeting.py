@@ -23,6 +23,7 @@ from ldm.errors import ConfigError
 from ldm.training.pulse import EXIT, Place, Pulse
 
 T = TypeVar("T")
+REMEDY = "Start as many processes as were announced; trainer.strategy.timeout= is how long is waited."
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ def launch() -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:
         local, node = int(env.get("LOCAL_RANK", 0)), int(env.get("GROUP_RANK", 0))
         return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), local, node, "torchrun")
-    # In a shell that a scheduler opened, tasks are counted but not started.
-    in_shell = "SLURM_STEP_NUM_TASKS" not in env and env.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
-    if "SLURM_PROCID" in env and tasks > 1 and not in_shell:
+    # Only srun says how many tasks a step has. A batch script, a shell or a notebook in a job is one process, whatever
+    # SLURM_NTASKS promises.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or 1)
+    if "SLURM_PROCID" in env and tasks > 1:
         local, node = int(env.get("SLURM_LOCALID", 0)), int(env.get("SLURM_NODEID", 0))
         return Launch(int(env["SLURM_PROCID"]), tasks, local, node, "srun")
     return Launch()
@@ -135,11 +136,11 @@ class Meeting:
         try:
             while (answer := found()) is None:
                 if timeout is not None and time.monotonic() - started > timeout:
-                    raise ConfigError(f"{self._named(missing)} did not come within {timeout:g} s. {self._remedy()}")
+                    raise ConfigError(f"{self._named(missing)} did not come within {timeout:g} s. {REMEDY}")
                 time.sleep(pause)
                 pause = min(2 * pause, 0.25)
         except dist.DistError as error:  # torchrun, or the first process, has gone
-            raise OtherProcess(f"the store of this job's processes is gone ({_brief(error)})", 1, False) from None
+            raise OtherProcess(f"the store of this job's processes is gone ({_brief(error)})", EXIT, False) from None
         return answer
 
     def begin(self) -> None:
@@ -188,11 +189,6 @@ class Meeting:
 
     def _named(self, ranks: Collection[int]) -> str:
         return ", ".join(str(self.places[r]) if self.places else f"rank {r}" for r in sorted(ranks)[:8])
-
-    def _remedy(self) -> str:
-        if self.here.by == "srun":
-            return "In an sbatch script the command begins with srun; trainer.strategy.timeout= is how long is waited."
-        return "Start as many processes as were announced; trainer.strategy.timeout= is how long is waited."
 
 
 def _store(here: Launch, timeout: float) -> dist.Store:

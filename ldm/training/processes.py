@@ -60,6 +60,11 @@ def together(timeout: float = TIMEOUT) -> Iterator[None]:
     _meeting.end(patience=timeout)
 
 
+def another_can_follow() -> bool:
+    """Whether a sweep's next arm can run: not after an error inside a run's group, in which others may still wait."""
+    return met() is None or not dist.is_initialized()
+
+
 def met() -> Meeting | None:
     """The meeting of this process; None where it is alone."""
     return _meeting if launch().world_size > 1 else None
