@@ -77,7 +77,7 @@ class Root:
     # --- training
     module: str = key("latent_diffusion", "train", "what is trained: latent_diffusion or autoencoder")
     frozen_dtype: str = key("float32", "train", "of what is not trained, in memory: float32, bfloat16 or float16")
-    max_steps: int = key(1000, "train", "optimizer steps; a larger number continues a run")
+    max_steps: int = key(1000, "train", "optimizer steps; a larger number continues a run of lr_scheduler=constant")
     caption_dropout: float = key(0.1, "train", "share of captions replaced by the empty one, for guidance")
     noises_per_image: int = key(1, "train", "(t, eps) pairs drawn for each encoded image")
     kl_weight: float = key(1e-6, "train", "weight of the KL term (module=autoencoder)")

@@ -13,7 +13,8 @@ import yaml
 from ldm.config import Root, nearest
 from ldm.errors import ConfigError
 
-_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_OURS = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str | None:
@@ -25,6 +26,8 @@ def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str |
     for e in chain:
         if isinstance(e, ConfigError):
             return _one_line(str(e))
+    if isinstance(error, OSError) and error.errno in _FULL and not error.filename:  # write() names no file
+        return f"no room is left ({error.strerror}): free some on the disk, or give another outputs= or output= folder."
     if isinstance(error, OSError) and error.filename and error.errno in _NOT_OURS:
         return _one_line(f"{error.filename} cannot be read or written ({error.strerror}): give another path.")
     if isinstance(error, yaml.YAMLError):

@@ -30,14 +30,14 @@ PATH_KEYS = (
     *("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask"),
     *("class_images", "class_shards"),
 )
-DRAWING = ("sample", "evaluate", "objective")  # tasks that write into output=DIR
+WRITING = ("sample", "evaluate", "objective", "prepare", "encode")  # tasks that write into output=DIR
 PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
 
 
 def main() -> None:
     """Runs, and turns what the person can mend into one line and an exit code.
 
-    0 done; 2 refused; 3 diverged, or a sweep in which an arm failed; 130 Ctrl-C; 75 a scheduler's signal.
+    0 done; 2 refused, and so was every arm of a sweep; 3 diverged, or an arm of a sweep; 130 Ctrl-C; 75 a signal.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that this terminal cannot show end nothing
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _refuse_bytes(arguments)
         _check_trainer(arguments)
-        arguments = [quoted(said_in_words(a), multirun) for a in arguments]
+        arguments = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments)]
         if multirun:
             arguments = named_sweep(arguments)
         with _stopped_by_signals():
@@ -101,7 +101,7 @@ def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
         return {}
     drop_leftovers(config, overrides)
     config.experiment = choices.get("experiment") or task
-    if arm is not None and task in DRAWING:  # into one folder they would write over each other
+    if arm is not None and task in WRITING:  # into one folder they would write over each other
         config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)
     function: Callable[..., dict[str, float]] = get_method(config.task._target_)
     return function(config, arm=arm and arm.directory)
@@ -155,6 +155,16 @@ def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(function)()
 
 
+def _in_one_piece(arguments: Sequence[str]) -> list[str]:
+    """The overrides, then the flags: Hydra's parser reads no override after a flag that follows another override."""
+    from hydra._internal.utils import get_args_parser
+
+    overrides, flags = get_args_parser().parse_intermixed_args(arguments).overrides, list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
 def named_sweep(arguments: Sequence[str]) -> list[str]:
     """The arguments with the sweep's directory, and with the keys that are the same in all of its arms.
 
@@ -176,8 +186,7 @@ def named_sweep(arguments: Sequence[str]) -> list[str]:
     base = "" if name.startswith("/") else "${outputs}/"
     added = [f'hydra.sweep.dir="{base}{_in_quotes(name)[1:]}']
     added.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(_in_quotes(k) for k in fixed)}]")
-    first = next((i for i, a in enumerate(arguments) if a in given), len(arguments))
-    return [*arguments[:first], *added, *arguments[first:]]  # flags in between, and Hydra reads no further
+    return [*added, *arguments]
 
 
 def _refuse_bytes(arguments: Sequence[str]) -> None:

@@ -1,11 +1,15 @@
 """Whatever is typed wrong ends in one line that says what to do, exit code 2, no traceback, nothing half-written."""
 
+import errno
 import os
 import stat
 
 import pytest
 from commands import here, ldm
 from PIL import Image
+
+from ldm.config import conf_dir
+from ldm.explain import explain
 
 FAST = [  # arguments, words of the one line
     (["experiment=quickstrat"], "Did you mean 'quickstart'?"),
@@ -131,3 +135,21 @@ def test_mistakes_inside_an_experiment_file(text, words, tmp_path):
     result = here("experiment=mine", "--config-dir", str(tmp_path / "own"), cwd=tmp_path / "here")
     one_line(result, words, tmp_path / "here")
     assert result.stderr.count("\n") == 1, "one line, and nothing else"
+
+
+def test_no_room_is_one_line_although_the_system_names_no_file():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "outputs=" in (explain(full, [], conf_dir()) or "")
+
+
+def test_a_key_of_another_option_is_not_its_own_remedy(tmp_path):
+    done = here("debug=fast_dev_run", "source.softness=1", cwd=tmp_path)
+    assert done.returncode == 2 and "choose one, source=NAME" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])
+def test_outputs_under_a_file(tmp_path, sweep):
+    (tmp_path / "file").write_text("")
+    done = here("outputs=file/x", "shards=nowhere", *sweep, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

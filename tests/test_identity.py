@@ -137,3 +137,11 @@ def test_a_run_of_the_earlier_form_is_refused_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="give another name="):
         now.check_identity()
     assert OmegaConf.create(now.identity)
+
+
+def test_a_refused_directory_is_not_held(tmp_path):
+    RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 0}).open()
+    other = RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 1})
+    with pytest.raises(ConfigError):
+        other.open()
+    RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 0}).open()

@@ -1,5 +1,6 @@
 """A run that was killed and started again is the run that was not: losses, weights, averages, batches, bit for bit."""
 
+import errno
 import os
 import shutil
 import signal
@@ -10,7 +11,8 @@ from commands import metrics, start, wait_for
 from tiny_training import Killed, Spy, config, fingerprint, make_data, train_watched
 
 from ldm.training.callbacks.saving import Interrupted
-from ldm.training.checkpoints import all_folders
+from ldm.training.checkpoints import FolderCheckpointIO, all_folders
+from ldm.training.run_directory import RunDirectory
 
 STEPS = ["max_steps=12", "callbacks.checkpoints.every_n_steps=3", "callbacks.checkpoints.keep_last=2"]
 STEPS += [
@@ -157,3 +159,22 @@ def test_ctrl_c_of_the_command_leaves_130_and_a_loadable_run(tmp_path, data):
     assert process.returncode == 130, output
     assert "The same command goes on from there" in output and "Traceback" not in output
     assert len(all_folders(tmp_path / "outputs/stopped")) == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_what_is_told(data, tmp_path, monkeypatch):
+    """Also where there is no room to write down that the run stopped."""
+    before = RunDirectory.set_status
+
+    def write(self, path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "full")
+
+    def status(self, state, *args, **kwargs):
+        if state == "stopped":
+            raise OSError(errno.EIO, "another")
+        before(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(FolderCheckpointIO, "save_checkpoint", write)
+    monkeypatch.setattr(RunDirectory, "set_status", status)
+    with pytest.raises(OSError, match="full"):
+        run(tmp_path / "run", data, monkeypatch, Spy(), "max_steps=1")

@@ -107,7 +107,7 @@ def test_two_arms_never_share_a_directory(typed, different):
 @pytest.mark.slow
 def test_the_arms_that_hydra_runs_are_those(tmp_path):
     typed = ["task._target_=stub_task.run", "name=s", "seed=1,1,2", "~callbacks.progress"]
-    for arguments in (["-m", *typed], [*typed, "-m"]):
+    for arguments in (["-m", *typed], [*typed[:2], "-m", *typed[2:]]):
         done = here(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     directories = [arm for _, arm in stub_task.CALLS]
@@ -211,3 +211,18 @@ def test_a_sweep_ends_with_one_table(tmp_path):
 def test_processes_are_not_started_from_within(tmp_path, sweep, asked):
     result = here("experiment=quickstart", "trainer=ddp", asked, *sweep, cwd=tmp_path)
     assert result.returncode == 2 and "torchrun" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_name_is_that_of_the_sweep_in_every_task(tmp_path):
+    typed = ["-m", "task=prepare", "source=shapes", "source.validation=2", "source.unseen=2", "name=mine"]
+    done = here(*typed, "source.count=4,6", "output=shards", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [r["state"] for r in rows(tmp_path / "outputs/mine")] == ["finished"] * 2
+    assert len(list((tmp_path / "shards").iterdir())) == 2, "each arm has its own"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_does_nothing_is_refused(tmp_path):
+    done = here(*STUB, "seed=91", cwd=tmp_path)
+    assert done.returncode == 2 and "all 1 arms were refused" in done.stderr

@@ -165,7 +165,7 @@ class SweepEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         sweep = Path(config.hydra.sweep.dir)
-        if not (sweep / ROWS).is_file():
+        if not is_first() or not (sweep / ROWS).is_file():  # another's last row may not be there yet
             return
         with (sweep / ROWS).open("rb") as file:
             file.seek(self._before)
@@ -178,6 +178,9 @@ class SweepEnd(Callback):
         if failed:
             print(f"{failed} of {len(rows)} arms failed, see the table.", file=sys.stderr)
             raise SystemExit(FAILED)
+        if rows and all(r["state"] == "refused" for r in rows.values()):
+            print(f"all {len(rows)} arms were refused.", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def best_arm(rows: list[dict[str, Any]], metric: str, direction: str | None = None) -> str:

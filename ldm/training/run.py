@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -294,8 +295,9 @@ def _fit(
             trainer.fit(module, datamodule=data, ckpt_path=str(previous) if previous else None)
     except BaseException as error:
         if first:
-            directory.set_status("stopped", trainer.global_step, reason=f"{type(error).__name__}: {error}"[:500])
-            directory.event("stop", step=trainer.global_step, reason=type(error).__name__)
+            with suppress(OSError):  # a full disk takes these neither; it is the first error that is told
+                directory.set_status("stopped", trainer.global_step, reason=f"{type(error).__name__}: {error}"[:500])
+                directory.event("stop", step=trainer.global_step, reason=type(error).__name__)
         raise
     finally:
         directory.close()

@@ -79,7 +79,11 @@ class RunDirectory:
             raise ConfigError(
                 f"cannot write to {self.path} ({error.strerror}): give another outputs= folder."
             ) from error
-        self.check_identity()
+        try:
+            self.check_identity()
+        except ConfigError:
+            self.close()  # or this process, a notebook, would find it in use by itself
+            raise
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         nonce = read_json(self.path / "run.json").get("nonce") or secrets.token_hex(4)  # in W&B's id, all its life
         about = {"identity": self.identity, "digest": digest(self.identity), "nonce": nonce, **provenance()}
