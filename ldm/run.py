@@ -205,6 +205,10 @@ def _check_trainer(arguments: Sequence[str]) -> None:
     """Refuses for all arms of a sweep at once what each of them would be refused for."""
     if any(a.startswith("task=") and a != "task=train" for a in arguments):
         return
+    if "trainer=ddp" in arguments:
+        from ldm.training.meeting import expect_srun
+
+        expect_srun()
     typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))
     values = {key.removeprefix("trainer."): value for key, _, value in typed}
     if {"devices", "num_nodes", "strategy"} & values.keys():

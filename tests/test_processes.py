@@ -14,7 +14,7 @@ from tiny_training import TINY, make_data
 
 from ldm.errors import ConfigError
 from ldm.training import processes
-from ldm.training.meeting import Launch, first_host, launch
+from ldm.training.meeting import Launch, expect_srun, first_host, launch
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals, binned
 
@@ -41,6 +41,29 @@ def test_who_this_is(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launch() == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "tasks"),
+    [
+        (BATCH, 4),  # tasks of srun where SLURM's steps are not known, or a script: which of them, waiting tells
+        (BATCH | {"SLURM_PROCID": "3"}, 4),
+        (BATCH | {"SLURM_NTASKS": "1"}, 1),
+        (BATCH | {"SLURM_JOB_NAME": "interactive"}, 1),
+        (BATCH | TORCHRUN, 4),
+        ({}, 1),
+    ],
+)
+def test_who_asks_for_several_in_a_slurm_job_gets_its_tasks(monkeypatch, capsys, environment, tasks):
+    for name in [n for n in os.environ if n.startswith("SLURM_")] + list(TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # so that it is taken away afterwards
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    expect_srun()
+    assert launch().world_size == tasks
+    assert ("begins with srun" in capsys.readouterr().err) == (environment == BATCH)
 
 
 @pytest.mark.parametrize(

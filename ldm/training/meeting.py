@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -54,6 +55,21 @@ def launch() -> Launch:
         local, node = int(env.get("SLURM_LOCALID", 0)), int(env.get("SLURM_NODEID", 0))
         return Launch(int(env["SLURM_PROCID"]), tasks, local, node, "srun")
     return Launch()
+
+
+def expect_srun() -> None:
+    """trainer=ddp in a SLURM job: its tasks are processes, also where SLURM does not say which step this is."""
+    env = os.environ
+    known = "RANK" in env or "SLURM_STEP_NUM_TASKS" in env or env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if known or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS") or 1) < 2:
+        return
+    env["SLURM_STEP_NUM_TASKS"] = env["SLURM_NTASKS"]
+    if env["SLURM_PROCID"] == "0":
+        print(
+            f"SLURM_NTASKS={env['SLURM_NTASKS']}: waiting for the other tasks. In an sbatch script the command begins "
+            "with srun; without trainer=ddp it is one process.",
+            file=sys.stderr,
+        )
 
 
 class OtherProcess(Exception):
