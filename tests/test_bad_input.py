@@ -144,7 +144,7 @@ def test_no_room_is_one_line_although_the_system_names_no_file():
 
 def test_a_key_of_another_option_is_not_its_own_remedy(tmp_path):
     done = here("debug=fast_dev_run", "source.softness=1", cwd=tmp_path)
-    assert done.returncode == 2 and "choose one, source=NAME" in done.stderr, done.stderr
+    assert done.returncode == 2 and "choose one that has, source=shapes" in done.stderr, done.stderr
 
 
 @pytest.mark.slow
