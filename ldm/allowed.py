@@ -21,8 +21,8 @@ from ldm.errors import ConfigError
 from ldm.untrusted import read_yaml, shown
 
 # The groups that are built from a file: the model itself, what it is drawn with, and its adapters by their names.
-DRAWN_WITH = ("sampler", "grid", "guider")
-BUILT = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization", *DRAWN_WITH, "adapter")
+BUILT = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
+BUILT += ("sampler", "grid", "guider", "adapter")
 # Nodes that an option of conf/ takes and its own file leaves out: (parent, argument) -> target -> whether _partial_.
 OPTIONAL = {
     ("ldm.diffusion.samplers.euler.euler", "churn"): {"ldm.diffusion.samplers.churn.Churn": False},
@@ -51,12 +51,15 @@ def only_allowed(config: Mapping[str, Any], source: Path | str) -> dict[str, Any
             continue
         several = group == "adapter" and isinstance(node, dict)
         for where, one in {f"{group}.{k}": v for k, v in node.items()}.items() if several else ((group, node),):
-            if group in DRAWN_WITH and isinstance(one, dict) and "_target_" not in one:  # own: the checkpoint's
+            if group == "guider" and isinstance(one, dict) and "_target_" not in one:  # own: changes the usual one
                 refuse_nodes(one, f"{source}: {where}")
                 continue
             if not isinstance(one, dict) or "_target_" not in one:
                 raise ConfigError(f"{source}: {where} is {shown(one)}, and no node with a _target_.")
             _judge(one, ("", ""), group, f"{source}: {where}")
+    for key in ("data", "scheduler_config"):  # what is read of a file's, and not built
+        if not isinstance(judged.get(key), dict | None):
+            raise ConfigError(f"{source}: {key} is {shown(judged[key])}, and a mapping belongs there. Fetch it again.")
     for group in judged.keys() - set(BUILT):
         _strip(judged[group], {t for targets in _named_by_conf(str(group)).values() for t in targets})
     return judged

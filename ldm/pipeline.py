@@ -91,7 +91,9 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the training images."""
+        """Pixels a side of the training images. ConfigError where the checkpoint does not say it."""
+        if not self.config.get("image_size"):
+            raise ConfigError(f"{self.folder} does not say how large its pictures are: give height= and width=.")
         return self.config["image_size"]
 
     def to(self, device: str | torch.device) -> Pipeline:

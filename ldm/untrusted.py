@@ -123,6 +123,19 @@ def parse_json(text: str | bytes, what: str, infinite: bool = False) -> dict[str
     return found
 
 
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl, none where there is no file; lines that are none, as a killed process leaves, are passed
+    over."""
+    text = path.read_text(encoding="utf-8", errors="replace") if place(path) == "file" else ""
+    for line in text.split("\n"):  # not splitlines: a caption may hold U+2028
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping of plain data. ConfigError in one line for tags, bombs and whatever else the file holds."""
     what, text = f"{path}", read_text(path, SETTINGS // 4)

@@ -173,6 +173,24 @@ def test_a_checkpoint_needs_what_it_is_rebuilt_from(change, copy):
         Pipeline.load(rewritten(copy, read_config(copy) | change))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"sampler": {"x": 1}}, {"grid": {"x": 1}}, {"scheduler_config": "x"}, {"scheduler_config": [1]}, {"data": "text"}],
+)
+def test_what_is_read_beside_the_model_has_its_shape(change, copy):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        read_config(rewritten(copy, yaml.safe_load((copy / "config.yaml").read_text()) | change))
+
+
+def test_a_checkpoint_that_does_not_say_its_size_is_drawn_in_the_size_that_is_given(copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    del config["image_size"]
+    pipe = Pipeline.load(rewritten(copy, config))
+    assert pipe.sample("a red star", num_steps=1, height=16, width=16).shape[-1] == 16
+    with pytest.raises(ConfigError, match="height= and width="):
+        pipe.sample("a red star", num_steps=1)
+
+
 def test_text_comes_back_from_omegaconf_as_it_went_in():
     draw, pieces = random.Random(0), ["\\", "\\\\", "${", "}", "a", "oc.env:HOME", "${oc.env:HOME}", "'", '"', "???"]
     for _ in range(500):

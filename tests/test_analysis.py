@@ -283,3 +283,26 @@ def test_a_real_run_has_all_of_it(tiny_run: Path) -> None:
     assert compare(run, run).empty
     with pytest.raises(ConfigError, match="autoencoder, diffusion"):
         run.stage("encode")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '5\n{}\n{"step": [1]}\n{"step": "a"}\n{"step": 1, "train/loss": "abc"}\n' + "[" * 100_000),
+        ("images/images.jsonl", '5\n{}\n{"step": "a", "key": "x", "file": "x", "caption": ""}\n'),
+        ("images/images.jsonl", '{"step": 1, "key": "x", "file": "../config.yaml", "caption": ""}\n'),
+        ("events.jsonl", "5\n[1]\n"),
+        ("stages.json", '{"evaluate": {}, "autoencoder": {"path": 5}, "encode": 5, "prepare": {"path": "a\\u0000"}}'),
+        ("evaluation-ema/evaluation.json", '{"metrics": 5}'),
+        ("evaluation-ema/evaluation.json", '{"metrics": {"a": 1, "a/se": "x", "b": [1], "c": "text"}}'),
+    ],
+)
+def test_records_of_somebody_elses_run_that_are_none_are_passed_over(make: MakeRun, name: str, text: str) -> None:
+    run = make()
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).write_text(text)
+    assert run.pictures().empty and run.events.empty and len(run.scores) <= 1
+    assert set(run.scalars()) <= {"train/loss", "val/loss"} | {c for c in run.metrics if "_by_t/" in c}
+    assert len(run.x0_error()) in (0, 10)
+    with pytest.raises(ConfigError, match="has no run for the stage"):
+        run.stage("autoencoder")

@@ -282,6 +282,52 @@ def test_a_lost_index_is_made_again(damage: bytes | None, tmp_path: Path):
     assert list(IndexedShards(open_shards(tmp_path / "d"))) == before
 
 
+@pytest.mark.parametrize(
+    ("array", "change"),
+    [
+        ("offset", lambda a: a - 10**6),
+        ("offset", lambda a: a + 2**62),
+        ("offset", lambda a: a.astype(str)),
+        ("size", lambda a: a + 10**12),
+        ("size", lambda a: a - 2**20),
+        ("size", lambda a: a * float("nan")),
+        ("shard", lambda a: a.astype(float)),
+        ("keys", lambda a: np.arange(len(a))),
+        ("keys", lambda a: np.array([b"\xff%d" % i for i in range(len(a))])),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_made_again(array: str, change, tmp_path: Path):
+    write_dataset(items(5), tmp_path / "d")
+    before = list(IndexedShards(open_shards(tmp_path / "d")))
+    with np.load(tmp_path / "d/index.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "d/index.npz", **arrays | {array: change(arrays[array])})
+    assert list(IndexedShards(open_shards(tmp_path / "d"))) == before
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [[1], "x", *({"image_size": v} for v in ("x", 0, -1, 10**9, [32], True)), {"parent": [1]}]
+    + [{"source": "shapes", "held_out_fraction": "x"}, {"source": "shapes"}],
+)
+def test_facts_that_cannot_be_are_refused(facts, tmp_path: Path):
+    write_dataset(items(5), tmp_path / "d")
+    path = tmp_path / "d/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"facts": facts}))
+    with pytest.raises(ConfigError, match="unreadable"):
+        open_shards(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": 1, "shards": [{"file": "0", "bytes": 1, "sha256": "\\ud800"}]}']
+)
+def test_a_manifest_that_is_none_is_refused(text: str, tmp_path: Path):
+    write_dataset(items(5), tmp_path / "d")
+    (tmp_path / "d/manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match="unreadable"):
+        open_shards(tmp_path / "d")
+
+
 def test_a_foreign_index_is_made_again_when_a_tar_changes(tmp_path: Path):
     make_tar(tmp_path / "a.tar", ["a.jpg", "b.jpg"])
     first = open_shards(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ldm.allowed import only_allowed
 from ldm.errors import ConfigError
 from ldm.training.run_directory import read_json
 from ldm.training.totals import bin_times, binned
-from ldm.untrusted import read_yaml
+from ldm.untrusted import read_yaml, records
 
 Scalars = dict[str, Any]
 
@@ -59,14 +58,16 @@ class Run:
     @property
     def events(self) -> pd.DataFrame:
         """Starts, resumes, stops and finishes, in order."""
-        return pd.DataFrame(lines(self.path / "events.jsonl"))
+        return pd.DataFrame(records(self.path / "events.jsonl"))
 
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a step: step, images, time, and every scalar; what was logged last for a step holds."""
         rows: dict[int, Scalars] = {}
-        for record in lines(self.path / "metrics.jsonl"):
-            rows.setdefault(record["step"], {}).update(record)
+        for record in records(self.path / "metrics.jsonl"):
+            if type(record.get("step")) is int:
+                numbers = {k: v for k, v in record.items() if isinstance(v, int | float | None)}
+                rows.setdefault(record["step"], {}).update(numbers)
         first = ["step", "images", "time"]
         names = sorted({k for row in rows.values() for k in row} - set(first), key=_natural)
         frame = pd.DataFrame([rows[step] for step in sorted(rows)], columns=[*first, *names])
@@ -91,7 +92,8 @@ class Run:
     def pictures(self, key: str | None = None) -> pd.DataFrame:
         """The logged pictures, of one key or all: step, key, path, caption."""
         folder = self.path / "images"
-        found = {(p["step"], p["key"]): p for p in lines(folder / "images.jsonl") if key in (None, p["key"])}
+        said = [p for p in records(folder / "images.jsonl") if _is_picture(p)]
+        found = {(p["step"], p["key"]): p for p in said if key in (None, p["key"])}
         there = [p for _, p in sorted(found.items()) if (folder / p["file"]).is_file()]
         rows = [(p["step"], p["key"], folder / p["file"], p["caption"]) for p in there]
         return pd.DataFrame(rows, columns=["step", "key", "path", "caption"])
@@ -106,7 +108,11 @@ class Run:
         wanted = of_key if step is None else of_key[of_key["step"] == step]
         if wanted.empty:
             raise ConfigError(f"{self.path} has {key!r} at steps {list(of_key['step'])}, not at {step}.")
-        return Image.open(wanted["path"].iloc[-1])
+        path = wanted["path"].iloc[-1]
+        try:
+            return Image.open(path)
+        except OSError as error:
+            raise ConfigError(f"{path} is no picture that can be read: the run was copied in part.") from error
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -118,7 +124,7 @@ class Run:
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json as it stands (metrics, checkpoint, asked), the one written last; {} when there is none."""
         files = set(self.path.glob("evaluation*/evaluation.json"))
-        if "evaluate" in self.stages:
+        if "path" in self.stages.get("evaluate", {}):
             files.add(self._find(self.stages["evaluate"]["path"]) / "evaluation.json")
         written = sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime)
         return read_json(written[-1]) if written else {}
@@ -126,12 +132,13 @@ class Run:
     @property
     def scores(self) -> pd.DataFrame:
         """The evaluation's scores: score, value, low and high (95 %), chance, n."""
-        return _scores(self.evaluation.get("metrics", {}))
+        return _scores(self.evaluation.get("metrics"))
 
     @property
     def stages(self) -> dict[str, Any]:
         """What each stage of the experiment made, {} for a run without stages."""
-        return read_json(self.path / "stages.json")
+        made = read_json(self.path / "stages.json").items()
+        return {name: m for name, m in made if isinstance(m, dict) and _is_text(m.get("path", ""))}
 
     def stage(self, name: str) -> Run:
         """The run of a stage: `run.stage("autoencoder")`."""
@@ -171,16 +178,14 @@ def nearby(path: Path) -> str:
     return "Near it: " + ", ".join(dict.fromkeys(map(str, close))) + "."
 
 
-def lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl; a line that a killed process left torn is not one."""
-    records = []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    for line in text.split("\n"):  # not splitlines: a caption may hold U+2028
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+def _is_picture(record: Scalars) -> bool:
+    """Whether a record is one of a picture, as `RunLogger.log_picture` writes it: a file in the folder of pictures."""
+    texts = all(_is_text(record.get(k)) for k in ("key", "file", "caption"))
+    return texts and type(record.get("step")) is int and Path(record["file"]).name == record["file"]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -197,7 +202,9 @@ def _sigmas(config: dict[str, Any], source: Path) -> dict[int, float]:
     return {i: float(level.ratio) for i, level in enumerate(levels)}
 
 
-def _scores(metrics: dict[str, float]) -> pd.DataFrame:
+def _scores(said: Any) -> pd.DataFrame:
+    said = said if isinstance(said, dict) else {}
+    metrics = {k: v for k, v in said.items() if isinstance(v, int | float | None)}
     rows = []
     for name, value in metrics.items():
         if name.rsplit("/", 1)[-1] in ("low", "high", "n", "chance", "se"):

@@ -57,6 +57,9 @@ def load(path: Path) -> tuple[Index, dict[str, str]]:
     shape = (len(index.keys), len(index.fields))
     if not (index.offset.shape == index.size.shape == shape and index.shard.shape == shape[:1]):
         raise ValueError("the arrays of the index do not fit one another")
+    numbers = (index.shard.dtype, index.offset.dtype, index.size.dtype)
+    if index.keys.dtype.kind != "S" or numbers != (np.int32, np.int64, np.int64):
+        raise ValueError("the arrays of the index have other types than were written")
     return index, notes
 
 

@@ -26,6 +26,7 @@ MANIFEST, INDEX = "manifest.json", "index.npz"
 LATENT_FIELD = "latent.npy"
 MIRRORED_FIELD = "latent_flip.npy"  # the latent of the mirrored picture
 MOST_HELD_OUT = 1024
+LARGEST_PICTURE = 2**14  # pixels a side
 MAX_MEMBER = 1 << 30  # a member above 1 GiB is no picture, and reading it would fill the memory
 _KEY_AND_FIELD = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
@@ -223,7 +224,7 @@ def _open_ours(folder: Path, files: list[Path]) -> Shards:
             state = f"has {actual} bytes, the manifest says {shard['bytes']}" if actual >= 0 else "is missing"
             raise tar.damaged(file, state, "Copy it again, or run prepare again.")
     fingerprint = content_fingerprint(manifest["shards"])
-    index = _cached(folder / INDEX, fingerprint, len(named))
+    index = _cached(folder / INDEX, fingerprint, named)
     if index is None:
         index, _ = scan_all(named)
         _try_save(index, folder / INDEX, fingerprint)
@@ -239,14 +240,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for shard in manifest["shards"]:
             if Path(shard["file"]).name != shard["file"] or not isinstance(shard["bytes"], int):
                 raise ValueError(f"shard {shard['file']!r}")
-            _ = shard["sha256"] + "", shard["samples"] + 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            shard["sha256"].encode()
+            _ = shard["samples"] + 0
+        _check_facts(manifest.get("facts") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{folder / MANIFEST} is unreadable ({error!r}). Run prepare again, or delete it to have the tars scanned."
         ) from None
     if manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}.")
     return manifest
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """ValueError for facts that sizes and places cannot be taken from; a source of one's own may add others."""
+    size, fraction = facts.get("image_size"), facts.get("held_out_fraction", 0)
+    if size is not None and (type(size) is not int or not 1 <= size <= LARGEST_PICTURE):
+        raise ValueError(f"facts.image_size {size!r}")
+    if not isinstance(facts.get("parent", ""), str):
+        raise ValueError(f"facts.parent {facts['parent']!r}")
+    if type(fraction) not in (int, float) or (facts.get("source") == "shapes" and "held_out_fraction" not in facts):
+        raise ValueError(f"facts.held_out_fraction {fraction!r}")
 
 
 def content_fingerprint(shards: Sequence[dict[str, Any]]) -> str:
@@ -259,7 +273,7 @@ def _open_foreign(path: Path, files: list[Path]) -> Shards:
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     seen = "scan " + hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     whole_folder = path.is_dir()
-    index = _cached(path / INDEX, seen, len(files)) if whole_folder else None
+    index = _cached(path / INDEX, seen, files) if whole_folder else None
     headers = indexing.load(path / INDEX)[1].get("headers") if index is not None else None
     if index is None or headers is None:
         index, headers = scan_all(files)
@@ -268,14 +282,24 @@ def _open_foreign(path: Path, files: list[Path]) -> Shards:
     return Shards(path, tuple(files), index, f"scan-{headers}")
 
 
-def _cached(path: Path, source: str, shards: int) -> Index | None:
+def _cached(path: Path, source: str, files: Sequence[Path]) -> Index | None:
     """The saved index if it was made from this very content; anything else is as good as absent, a scan rebuilds it."""
     try:
         index, notes = indexing.load(path)
+        return index if notes.get("source") == source and len(index) and _lies_in(index, files) else None
     except Exception:  # a damaged or hostile file has too many ways to fail, and all mean the same
         return None
-    fits = notes.get("source") == source and len(index) and 0 <= index.shard.min() <= index.shard.max() < shards
-    return index if fits and (np.char.find(index.keys, b"..") < 0).all() else None
+
+
+def _lies_in(index: Index, files: Sequence[Path]) -> bool:
+    """Whether the samples' keys are texts without "..", and every member lies within its file."""
+    if not (0 <= index.shard.min() <= index.shard.max() < len(files)) or (np.char.find(index.keys, b"..") >= 0).any():
+        return False
+    if not index.keys.tobytes().isascii():
+        np.char.decode(index.keys, "utf-8")  # raises
+    end = np.array([file.stat().st_size for file in files], np.int64)[index.shard][:, None]
+    there = (index.offset >= 0) & (index.size >= 0) & (index.size <= end) & (index.offset <= end - index.size)
+    return bool((there | ((index.offset == -1) & (index.size == -1))).all())
 
 
 def _try_save(index: Index, path: Path, source: str, **notes: str) -> None:

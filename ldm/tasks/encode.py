@@ -52,7 +52,9 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
     fields = fields_of(config["data"])
     names = split_names(config["shards"], fraction, fields)
     data = {name: open_split(config["shards"], name, fraction, fields) for name in names}
-    size = config["image_size"] or data["train"].facts.get("image_size") or trained["image_size"]
+    size = config["image_size"] or data["train"].facts.get("image_size") or trained.get("image_size")
+    if not size:
+        raise ConfigError(f"neither {config['shards']} nor {folder} says how large pictures are: type image_size=256.")
     identity = {
         "images": {name: shards.fingerprint for name, shards in data.items()},
         "autoencoder": read_manifest(folder)["files"]["vae.safetensors"]["sha256"],

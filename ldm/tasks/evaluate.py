@@ -34,6 +34,7 @@ from ldm.training.loading import as_ours
 from ldm.training.run_directory import read_json, write_json
 from ldm.training.solvers import sampling_settings
 from ldm.training.wandb_mirror import add_scores
+from ldm.untrusted import interpreted, number, shown
 
 BATCH = 64
 FRACTION = 0.02  # of data.validation_fraction, where nothing says another
@@ -62,11 +63,16 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
     output = Path(config["output"]) if config["output"] else run_of(folder) / f"evaluation-{config['weights']}"
     asked = {**{k: config[k] for k in ("seed", "metric", "weights")}, **sampling_settings(config, trained)}
-    shards = config["shards"] or trained.get("data", {}).get("shards")
-    if shards and not _same(shards, trained.get("data", {}).get("shards")):
+    data, source = trained.get("data") or {}, f"{folder / 'config.yaml'}"
+    if not isinstance(data.get("shards"), str | None) or "\0" in (data.get("shards") or ""):
+        raise ConfigError(f"{source} says data.shards={shown(data['shards'])}: a path belongs there.")
+    shards = config["shards"] or data.get("shards")
+    if shards and not _same(shards, data.get("shards")):
         asked["shards"] = str(Path(shards).resolve())
-    data = config["data"] if config["shards"] else trained.get("data", {})
-    fields, fraction = fields_of(data), data.get("validation_fraction", FRACTION)
+    read = config["data"] if config["shards"] else data
+    with interpreted(f"{source}: data.fields"):
+        fields = fields_of(read)
+    fraction = number(read.get("validation_fraction", FRACTION), "data.validation_fraction", source, 0, 1)
     if fields.mark():
         asked["fields"] = fields.mark()
     if fraction != FRACTION:
@@ -77,13 +83,16 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
         return {k: math.nan if v is None else v for k, v in before["metrics"].items()}, output
     metrics = built_metrics(config["metric"])
     images = _image_shards(shards, fields, fraction)
+    size = trained.get("image_size") or images["train"].facts.get("image_size")
+    if not size:
+        raise ConfigError(f"neither {source} nor {shards} says how large the pictures are: prepare the data again.")
     output.mkdir(parents=True, exist_ok=True)
     parts.for_sampling().to(task_device())
     pipe = None
     if parts.denoiser is not None and parts.text_encoder is not None:
         sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
-    result = scores(metrics, _evaluation(pipe, parts.autoencoder, images, trained["image_size"], asked, output))
+    result = scores(metrics, _evaluation(pipe, parts.autoencoder, images, size, asked, output))
     strange = {k: v for k, v in result.items() if not math.isfinite(v)}
     if strange:
         print(f"not finite, and null in evaluation.json: {', '.join(f'{k} is {v}' for k, v in strange.items())}")

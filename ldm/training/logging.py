@@ -16,6 +16,8 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
+from ldm.untrusted import records
+
 log = logging.getLogger(__name__)
 
 
@@ -70,14 +72,14 @@ class RunLogger(Logger):
                 part.write_text("".join(f"{ln}\n" for ln in lines if _step_of(ln) <= step), encoding="utf-8")
                 os.replace(part, file)
         for picture in (self.directory / "images").glob("step-*.png"):
-            if int(picture.name[5:13]) > step:
+            if picture.name[5:13].isdecimal() and int(picture.name[5:13]) > step:
                 picture.unlink()
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the line being written when the process was killed
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # torn when the process was killed
         return math.inf
 
 
@@ -99,8 +101,8 @@ def log_picture(trainer: L.Trainer, key: str, image: Image.Image, step: int, cap
 def last_metrics(file: Path) -> dict[str, float]:
     """The last value of every scalar in a metrics.jsonl."""
     latest: dict[str, float] = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        latest.update({k: v for k, v in json.loads(line).items() if k not in ("step", "time", "images")})
+    for record in records(file):
+        latest.update({k: v for k, v in record.items() if k not in ("step", "time", "images")})
     return latest
 
 

@@ -91,7 +91,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     step = done.get("step")
     if done.get("state") == "finished" and isinstance(step, int) and step >= config["max_steps"]:
         directory.check_identity()
-        return Finished(directory.path, step, False, done.get("metrics", {}))
+        metrics = done.get("metrics")
+        return Finished(directory.path, step, False, metrics if isinstance(metrics, dict) else {})
     _remark_on_few(data, templates)
     if of_diffusion and "textual_inversion" in (config["adapter"] or {}):
         refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))

@@ -121,7 +121,7 @@ class RunDirectory:
         before = read_json(self.path / "run.json").get("identity")
         if before is None:
             return
-        if before.get("form") != self.identity.get("form"):
+        if not isinstance(before, dict) or before.get("form") != self.identity.get("form"):
             raise ConfigError(
                 f"{self.path} holds a run of another version of ldm, which wrote down otherwise what decides a run: "
                 "give another name=, or delete the directory."
