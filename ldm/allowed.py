@@ -21,8 +21,10 @@ from ldm.errors import ConfigError
 from ldm.untrusted import read_yaml, shown
 
 # The groups that are built from a file: the model itself, what it is drawn with, and its adapters by their names.
-BUILT = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
-BUILT += ("sampler", "grid", "guider", "adapter")
+BUILT = (
+    *("model", "autoencoder", "text_encoder", "scheduler", "parameterization"),
+    *("sampler", "grid", "guider", "adapter"),
+)
 # Nodes that an option of conf/ takes and its own file leaves out: (parent, argument) -> target -> whether _partial_.
 OPTIONAL = {
     ("ldm.diffusion.samplers.euler.euler", "churn"): {"ldm.diffusion.samplers.churn.Churn": False},

@@ -295,6 +295,7 @@ def test_a_real_run_has_all_of_it(tiny_run: Path) -> None:
         ("stages.json", '{"evaluate": {}, "autoencoder": {"path": 5}, "encode": 5, "prepare": {"path": "a\\u0000"}}'),
         ("evaluation-ema/evaluation.json", '{"metrics": 5}'),
         ("evaluation-ema/evaluation.json", '{"metrics": {"a": 1, "a/se": "x", "b": [1], "c": "text"}}'),
+        ("evaluation-ema/evaluation.json", '{"metrics": {"a": null, "a/se": 0.1}}'),
     ],
 )
 def test_records_of_somebody_elses_run_that_are_none_are_passed_over(make: MakeRun, name: str, text: str) -> None:

@@ -210,7 +210,8 @@ def _scores(said: Any) -> pd.DataFrame:
         if name.rsplit("/", 1)[-1] in ("low", "high", "n", "chance", "se"):
             continue
         error = metrics.get(f"{name}/se")
-        interval = (value - 1.96 * error, value + 1.96 * error) if error is not None else (None, None)
+        both = value is not None and error is not None  # null: not finite
+        interval = (value - 1.96 * error, value + 1.96 * error) if both else (None, None)  # type: ignore[operator]
         n = next((metrics[f"{k}/n"] for k in (name, *map(str, Path(name).parents)) if f"{k}/n" in metrics), None)
         low, high = metrics.get(f"{name}/low", interval[0]), metrics.get(f"{name}/high", interval[1])
         rows.append((name, value, low, high, metrics.get(f"{name}/chance"), n))
