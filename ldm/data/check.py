@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.fields import Fields
+from ldm.data.manifest import MANIFEST, read_manifest
 from ldm.data.samples import sequential
-from ldm.data.shards import MANIFEST, Shards, open_shards, read_manifest, scan_all, splits
+from ldm.data.shards import Shards, open_shards, scan_all, splits
 from ldm.errors import ConfigError
 
 

@@ -19,14 +19,13 @@ from ldm.data import index as indexing
 from ldm.data import plan, tar
 from ldm.data.fields import IMAGE_FIELDS, Fields
 from ldm.data.index import Index
+from ldm.data.manifest import MANIFEST, content_fingerprint, read_manifest
 from ldm.errors import ConfigError
 
-FORMAT = 1
-MANIFEST, INDEX = "manifest.json", "index.npz"
+INDEX = "index.npz"
 LATENT_FIELD = "latent.npy"
 MIRRORED_FIELD = "latent_flip.npy"  # the latent of the mirrored picture
 MOST_HELD_OUT = 1024
-LARGEST_PICTURE = 2**14  # pixels a side
 MAX_MEMBER = 1 << 30  # a member above 1 GiB is no picture, and reading it would fill the memory
 _KEY_AND_FIELD = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
@@ -231,41 +230,6 @@ def _open_ours(folder: Path, files: list[Path]) -> Shards:
     if len(index) != sum(shard["samples"] for shard in manifest["shards"]):
         raise ConfigError(f"{folder}: {len(index)} samples, but the manifest counts others. Run prepare again.")
     return Shards(folder, tuple(named), index, fingerprint, manifest.get("facts") or {})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json, checked: it may come from elsewhere."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        for shard in manifest["shards"]:
-            if Path(shard["file"]).name != shard["file"] or not isinstance(shard["bytes"], int):
-                raise ValueError(f"shard {shard['file']!r}")
-            shard["sha256"].encode()
-            _ = shard["samples"] + 0
-        _check_facts(manifest.get("facts") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{folder / MANIFEST} is unreadable ({error!r}). Run prepare again, or delete it to have the tars scanned."
-        ) from None
-    if manifest.get("format") != FORMAT:
-        raise ConfigError(f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}.")
-    return manifest
-
-
-def _check_facts(facts: dict[str, Any]) -> None:
-    """ValueError for facts that sizes and places cannot be taken from; a source of one's own may add others."""
-    size, fraction = facts.get("image_size"), facts.get("held_out_fraction", 0)
-    if size is not None and (type(size) is not int or not 1 <= size <= LARGEST_PICTURE):
-        raise ValueError(f"facts.image_size {size!r}")
-    if not isinstance(facts.get("parent", ""), str):
-        raise ValueError(f"facts.parent {facts['parent']!r}")
-    if type(fraction) not in (int, float) or (facts.get("source") == "shapes" and "held_out_fraction" not in facts):
-        raise ValueError(f"facts.held_out_fraction {fraction!r}")
-
-
-def content_fingerprint(shards: Sequence[dict[str, Any]]) -> str:
-    """The data set's identity: a digest of its shards' digests, in order; names and places do not matter."""
-    return hashlib.sha256("\n".join(shard["sha256"] for shard in shards).encode()).hexdigest()
 
 
 def _open_foreign(path: Path, files: list[Path]) -> Shards:

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from ldm.data import tar
 from ldm.data.captions import CAPTIONS_WANTED
-from ldm.data.shards import FORMAT, INDEX, MANIFEST, content_fingerprint, read_manifest, scan_all
+from ldm.data.manifest import FORMAT, MANIFEST, content_fingerprint, read_manifest
+from ldm.data.shards import INDEX, scan_all
 from ldm.data.sources.item import Item, Reject
 from ldm.errors import ConfigError
 

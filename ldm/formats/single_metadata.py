@@ -64,7 +64,7 @@ def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
         if "ldm.scaling_factor" in metadata:
             scaling = fold.checked(float(metadata["ldm.scaling_factor"]), f"{source}")
         if "image_size" in config:
-            whole(config["image_size"], "image_size", f"{source}", most=2**14)
+            whole(config["image_size"], "image_size", f"{source}", most=2**12)
         strange = [key for part, key in PARTS.items() if key in config and not carries(config[key], part, vq=True)]
     except ConfigError:
         raise

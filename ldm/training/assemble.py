@@ -155,7 +155,7 @@ def check_stored(config: Config, states: Mapping[str, State], source: Path) -> N
     for key in ("model", "autoencoder", "text_encoder"):
         bounded.check_numbers(config.get(key), where)
     if config.get("image_size") is not None:
-        whole(config["image_size"], "image_size", where, most=2**14)
+        whole(config["image_size"], "image_size", where, most=2**12)
     with bounded.building(where):
         modules = build_parts(config, device="meta").modules()
     missing = sorted(modules.keys() - states.keys())
