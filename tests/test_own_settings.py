@@ -16,7 +16,7 @@ from ldm import Pipeline
 from ldm.config import conf_dir
 from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree
 from ldm.errors import ConfigError
-from ldm.tasks.train import settle_sampling
+from ldm.tasks.train import settle_sampling, train
 from ldm.training.run import train_run
 from ldm.training.solvers import USUAL, sampling_settings
 
@@ -131,6 +131,25 @@ def test_a_fine_tune_adopts_them(base, tmp_path):
     shards = base.parent / "shards"
     run = trained("finetune", base, tmp_path, f"shards={shards}", "guidance=null", "max_steps=1")
     assert numbers(yaml.safe_load((run / "config.yaml").read_text())) == {**NUMBERS, "num_steps": 2}
+
+
+def test_what_an_adopted_file_says_is_text(base, monkeypatch):
+    """A file's ${ is no question to this machine's environment."""
+    monkeypatch.setenv("LDM_SECRET", "secret")
+    theirs = {"guidance": 2.25, "sampler": {"solve": "${oc.env:LDM_SECRET}"}}
+    monkeypatch.setattr("ldm.tasks.train.read_config", lambda folder: theirs)
+    settings = composed("finetune", f"checkpoint={base}", "guidance=null", "images=x")
+    settle_sampling(settings)
+    assert settings.guidance == 2.25 and settings.sampler.solve == "${oc.env:LDM_SECRET}"
+
+
+def test_a_fine_tune_in_debug_adopts_them(base, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ldm.tasks.train._train", lambda config, arm: seen.append(config) or {})
+    settings = composed("finetune", f"checkpoint={base}", "guidance=null", "images=x", "debug=fast_dev_run")
+    assert settings.adopt is None
+    train(settings)
+    assert seen[0].guidance == NUMBERS["guidance"] and seen[0].adopt is True
 
 
 def test_usual_ones_are_what_training_writes():

@@ -27,6 +27,11 @@ def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
         print(f"converted: {config.output}")
         return {}
     check_target(Path(config.output), config.format, config.dtype)  # before gigabytes are read
-    save_any(load_any(config.checkpoint, config.weights, config.config), config.output, config.format, config.dtype)
+    loaded = load_any(config.checkpoint, config.weights, config.config)
+    save_any(loaded, config.output, config.format, config.dtype)
     print(f"converted: {config.output}")
+    own = {k: loaded.config.get(k) for k in ("num_steps", "guidance", "guidance_rescale")}
+    if config.format != "ldm" and any(v is not None for v in own.values()):  # no such format has a place for them
+        said = " ".join(f"{k}={v}" for k, v in own.items() if v is not None)
+        print(f"it was trained and pictured with {said}, which {config.format} does not carry: give them again.")
     return {}

@@ -51,6 +51,8 @@ STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", 
 
 def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
+    if config.adopt is None:
+        config.adopt = bool(config.checkpoint)
     settle_sampling(config)
     check(config)
     check_trainer(plain(config.trainer))
@@ -60,8 +62,6 @@ def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 
 def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
-    if config.adopt is None:
-        config.adopt = bool(config.checkpoint)
     templates = caption_templates(plain(config))  # refused before anything is read
     if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
         refuse_unsaid(config.adapter.textual_inversion.placeholder, templates.all([]))
@@ -79,10 +79,10 @@ def settle_sampling(config: DictConfig) -> None:
     """Fills in how pictures are drawn where that is left open: an adopted run's own settings, else the usual ones."""
     file = file_of(Path(config.checkpoint).expanduser()) if config.adopt and config.checkpoint else None
     for name, value in sampling_settings(plain(config), read_config(file.parent) if file else {}).items():
-        config[name] = value
+        config[name] = as_literal(value)
     second = config.guider.get("checkpoint")
     if second and Path(second).exists():  # a run is sampled from any working directory
-        config.guider.checkpoint = str(Path(second).resolve())
+        config.guider.checkpoint = as_literal(str(Path(second).resolve()))
 
 
 def start_from_any_layout(config: DictConfig) -> None:
