@@ -21,7 +21,7 @@ CURVES = 6  # steps shown in one picture
 def plot_loss(runs: Run | str | Sequence[Run | str], smooth: int = 0) -> Figure:
     """Training loss (line) and validation loss (dots, one standard error) against the images seen.
 
-    smooth: logged points on either side that the line over the training loss is the mean of; 0 draws it as logged.
+    smooth: logged points on either side that the line over the training loss is fitted to; 0 draws it as logged.
 
     >>> plot_loss([Run("outputs/eps"), Run("outputs/v")], smooth=10)
     """
@@ -101,7 +101,7 @@ def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: int) -> None:
         loss = train["train/loss"].to_numpy()
         if smooth > 0:
             axes.plot(train["images"], loss, color=colour, alpha=0.25)
-            loss = _centred(loss, smooth)
+            loss = _smoothed(loss, smooth)
         axes.plot(train["images"], loss, color=colour, label=f"{run.name}, training")
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
@@ -110,12 +110,17 @@ def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: int) -> None:
         axes.errorbar(val["images"], val["val/loss"], error, color=colour, fmt="o--", ms=4, capsize=2, label=label)
 
 
-def _centred(values: np.ndarray, width: int) -> np.ndarray:
-    """Means over `width` points on either side, over fewer but equally many near the ends: straight lines stay."""
-    n = len(values)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    reach = np.minimum(width, np.minimum(np.arange(n), np.arange(n)[::-1]))
-    return (sums[np.arange(n) + reach + 1] - sums[np.arange(n) - reach]) / (2 * reach + 1)
+def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """At each point the parabola through its surroundings (Savitzky and Golay 1964): a mean would lie above a bend.
+
+    `width` points on either side, fewer but equally many near the ends.
+    """
+    smooth, last = np.empty(len(values)), len(values) - 1
+    for i in range(len(values)):
+        reach = min(width, i, last - i)
+        weights = 3 * (3 * reach**2 + 3 * reach - 1) - 15 * np.arange(-reach, reach + 1) ** 2
+        smooth[i] = values[i - reach : i + reach + 1] @ weights / weights.sum()
+    return smooth
 
 
 def _chosen(table: pd.DataFrame) -> pd.DataFrame:
