@@ -139,6 +139,15 @@ def test_a_run_of_the_earlier_form_is_refused_in_one_line(tmp_path):
     assert OmegaConf.create(now.identity)
 
 
+def test_a_command_of_bytes_that_are_no_text_does_not_hide_who_a_run_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_COMMAND", "python script.py caf\udce9")
+    first = RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 0})
+    first.open()
+    first.close()
+    with pytest.raises(ConfigError, match="another configuration"):
+        RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 1}).open()
+
+
 def test_a_refused_directory_is_not_held(tmp_path):
     RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 0}).open()
     other = RunDirectory(tmp_path / "mine", {}, {"form": 2, "seed": 1})

@@ -149,8 +149,10 @@ def provenance() -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("torch", "lightning", "hydra-core", "transformers", "webdataset", "wandb")
+    command = os.environ.get("LDM_COMMAND") or shlex.join(sys.argv)
     return {
-        "command": os.environ.get("LDM_COMMAND") or shlex.join(sys.argv),
+        # Bytes that are no text would make run.json unreadable, and a run that nobody can tell from another.
+        "command": command.encode("utf-8", "backslashreplace").decode(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "git_commit": _git_commit(),
         "host": socket.gethostname(),
