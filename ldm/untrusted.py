@@ -112,7 +112,7 @@ def parse_json(text: str | bytes, what: str, infinite: bool = False) -> dict[str
     decoded = _decoded(data, what)
     constant = (lambda name: -math.inf if name == "-Infinity" else _no_number(name)) if infinite else _no_number
     try:
-        found = json.loads(decoded, object_pairs_hook=_once, parse_constant=constant, parse_float=_finite)
+        found = json.loads(decoded, object_pairs_hook=once, parse_constant=constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{what} is not JSON ({shown(error, 120)}): it was cut short or edited. Fetch it again."
@@ -204,6 +204,11 @@ def whole(value: Any, key: str, where: str, least: int = 1, most: int = 2**20) -
     return value
 
 
+def is_count(value: Any) -> bool:
+    """Whether it may count bytes or numbers in a file: a whole number, and no larger than files are."""
+    return type(value) is int and 0 <= value < 2**48
+
+
 def number(value: Any, key: str, where: str, least: float, most: float) -> float:
     """A number of a file's, between bounds. `where` opens the message."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
@@ -237,7 +242,8 @@ def _decoded(data: bytes, what: str) -> str:
         raise ConfigError(f"{what} is no text in UTF-8 (byte {error.start}): fetch it again.") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of JSON whose keys are there once; ValueError names the one that is not."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

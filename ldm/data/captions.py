@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from ldm.text import reading
+from ldm.untrusted import once
 
 # What to do where no picture has a caption.
 CAPTIONS_WANTED = (
@@ -33,19 +34,11 @@ def json_of(data: bytes | str) -> dict[str, Any]:
     """An object of JSON whose keys are there once, else SampleError."""
     try:
         text = data if isinstance(data, str) else reading.decode(data)
-        record = json.loads(text, object_pairs_hook=_once)
+        record = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise SampleError("unreadable json", f"the json is unreadable: {error}") from None
     if not isinstance(record, dict):
         raise SampleError("unreadable json", f"the json is no object but {_kind(record)}")
-    return record
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
     return record
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.untrusted import parse_json, shown
+from ldm.untrusted import is_count, parse_json, shown
 
 LONGEST = 16 * 2**20  # bytes; a whole Stable Diffusion's has 200 thousand
 _BYTES = {  # of the types that torch's networks are stored in
@@ -53,21 +53,12 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     if not isinstance(kind, str) or kind not in _BYTES:
         raise _damaged(path, f"{shown(name)} of type {shown(kind)}, which is not read here")
     counts: list[Any] = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) else []
-    if (
-        not isinstance(shape, list)
-        or len(counts) != len(shape) + 2
-        or len(shape) > 8
-        or not all(map(_is_count, counts))
-    ):
+    if not isinstance(shape, list) or len(counts) != len(shape) + 2 or len(shape) > 8 or not all(map(is_count, counts)):
         raise _damaged(path, f"{shown(name)} of shape {shown(shape)} at {shown(span)}")
     start, stop = counts[-2:]
     if stop - start != prod(shape) * _BYTES[kind]:
         raise _damaged(path, f"{shown(name)}, {kind} {shown(shape)}, in {stop - start} bytes")
     return start, stop, name
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
 
 
 def _damaged(path: Path, what: str) -> ConfigError:

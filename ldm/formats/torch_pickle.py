@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.untrusted import shown
+from ldm.untrusted import is_count, shown
 
 INSTRUCTIONS = 2**20  # of a file at most; a Stable Diffusion with averages and optimizer has a hundred thousand
 _DTYPES: dict[str, torch.dtype] = {
@@ -155,7 +155,7 @@ class Machine:
             raise Damaged("a tensor without numbers")
         dtype = _BY_NAME[args[6].text] if says_dtype else storage.dtype
         shape, steps = (tuple(x) for x in (size, stride))
-        if len(shape) != len(steps) or len(shape) > 8 or not all(_is_count(n) for n in (offset, *shape, *steps)):
+        if len(shape) != len(steps) or len(shape) > 8 or not all(is_count(n) for n in (offset, *shape, *steps)):
             raise Damaged("a tensor of impossible shape")
         there = storage.count * storage.dtype.itemsize // dtype.itemsize
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
@@ -188,15 +188,11 @@ def _storage(persistent: Any) -> _Storage:
     if not isinstance(persistent, tuple) or len(persistent) < 5 or persistent[0] != "storage":
         raise Damaged("a reference to something outside the file")
     _, kind, key, _, count = persistent[:5]
-    if not isinstance(kind, Name) or kind.text not in _STORAGES or not isinstance(key, str) or not _is_count(count):
+    if not isinstance(kind, Name) or kind.text not in _STORAGES or not isinstance(key, str) or not is_count(count):
         raise Damaged("a storage of no known kind")
     if persistent[5:] not in ((), (None,)):
         raise Damaged("a view of a storage, as only files before torch 0.4 have")
     return _Storage(key, _STORAGES[kind.text], count)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
 
 
 def _extended(items: list[Any], target: Any) -> None:

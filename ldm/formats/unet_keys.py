@@ -36,11 +36,6 @@ def compvis_names(ours: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def ema_name(theirs: str) -> str:
-    """Where CompVis' files keep the average of a tensor: dots left out, as buffers' names may have none."""
-    return "model_ema." + (PREFIX.removeprefix("model.") + theirs).replace(".", "")
-
-
 # What names without dots consist of; of the digits behind a row of blocks the last one counts within the block.
 _WORDS = re.compile(
     r"(?<=put_blocks)\d+(?=\d)|\d+|input_blocks|middle_block|output_blocks|time_embed|in_layers|emb_layers|out_layers"
@@ -50,7 +45,10 @@ _WORDS = re.compile(
 
 
 def from_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's averages in a file, by CompVis' names without the prefix: `ema_name`'s inverse, for any size."""
+    """The U-Net's averages in a file, by CompVis' names without the prefix, for any size.
+
+    Their names there have no dots, as buffers' names may have none.
+    """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key.startswith(AVERAGES):
