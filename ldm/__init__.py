@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ldm.checkpoints.merge import merge
     from ldm.pipeline import Pipeline as Pipeline
-    from ldm.training.merging import merge as merge
 
 __all__ = ["Pipeline", "merge"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> object:
 
         return Pipeline
     if name == "merge":
-        from ldm.training.merging import merge
+        from ldm.checkpoints.merge import merge
 
         return merge
     raise AttributeError(f"module 'ldm' has no attribute '{name}'")

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from ldm.build import MARKS, allowed_by_user
-from ldm.config import conf_dir, locate
+from ldm.config.check import locate
+from ldm.config.root import conf_dir
 from ldm.errors import ConfigError
 from ldm.untrusted import read_yaml, shown
 

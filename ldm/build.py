@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.config import check_node, locate
+from ldm.config.check import check_node, locate
 from ldm.errors import ConfigError
 
 # What the command line and one's own YAML build from; a file of somebody else names less: ldm/allowed.py.

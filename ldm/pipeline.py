@@ -15,6 +15,11 @@ from torch import Tensor
 
 from ldm.adapters.adapter import Adapter
 from ldm.build import build
+from ldm.checkpoints.adapters import load_adapters
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.load import Loaded, load_any
+from ldm.checkpoints.sampler import sampling_settings, solver_of
+from ldm.checkpoints.save import save_any
 from ldm.data.transforms import to_rgb
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.guidance import Autoguidance, Guider
@@ -24,10 +29,6 @@ from ldm.pictures import from_pil, to_pil
 from ldm.sampling import Request, Sampler
 from ldm.text.prompts import Prompts
 from ldm.text.reading import NotText, checked
-from ldm.training.adapters import load_adapters
-from ldm.training.assemble import Parts
-from ldm.training.loading import Loaded, load_any, save_any
-from ldm.training.solvers import sampling_settings, solver_of
 
 Picture = Image.Image | str | Path | Tensor
 Texts = str | Sequence[str]
@@ -217,9 +218,9 @@ class Pipeline:
         """
         save_any(Loaded(self._parts(), self.config, self.folder, self.scheduler_config), path, format, dtype)
 
-    def _parts(self) -> Parts:
+    def _parts(self) -> Components:
         sampler = self.sampler
-        return Parts(sampler.autoencoder, sampler.denoiser, sampler.text_encoder, self.adapters)
+        return Components(sampler.autoencoder, sampler.denoiser, sampler.text_encoder, self.adapters)
 
     def _complete(self, guider: Guider, text: Prompts, prompts: list[str]) -> Guider:
         """Autoguidance gets the second model that it names."""

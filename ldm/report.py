@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.training.run_directory import read_json
+from ldm.training.run.directory import read_json
 
 PICTURES = {
     "samples": "Samples at fixed seeds, with their prompts",

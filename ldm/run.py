@@ -16,12 +16,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.choices import drop_leftovers, said_in_words
-from ldm.config import check_keys_are_read, conf_dir, digest, register
+from ldm.config.choices import drop_leftovers, said_in_words
+from ldm.config.root import check_keys_are_read, conf_dir, digest, register
 from ldm.errors import ConfigError, Ended
-from ldm.tasks.arms import FAILED, Arm, run_arm
+from ldm.sweep.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
-from ldm.training.processes import is_first, speaks
+from ldm.training.distributed.processes import is_first, speaks
 
 # Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
 TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
@@ -47,7 +47,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit code of a command line. Prints one line to stderr for whatever was refused."""
     if {"--help", "-h"} & set(arguments):
-        from ldm.help import help_text
+        from ldm.config.help import help_text
 
         print(help_text(conf_dir()))
         return 0
@@ -206,13 +206,13 @@ def _check_trainer(arguments: Sequence[str]) -> None:
     if any(a.startswith("task=") and a != "task=train" for a in arguments):
         return
     if "trainer=ddp" in arguments:
-        from ldm.training.meeting import expect_srun
+        from ldm.training.distributed.meeting import expect_srun
 
         expect_srun()
     typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))
     values = {key.removeprefix("trainer."): value for key, _, value in typed}
     if {"devices", "num_nodes", "strategy"} & values.keys():
-        from ldm.training.strategy import check_trainer
+        from ldm.training.distributed.strategy import check_trainer
 
         check_trainer(values)
 
@@ -230,7 +230,7 @@ def _ended_elsewhere(error: BaseException) -> int | None:
 
 
 def _report(error: BaseException, arguments: Sequence[str]) -> int:
-    from ldm.explain import explain
+    from ldm.config.explain import explain
 
     code, line = getattr(error, "exit_code", 2), str(error)
     if type(error).__name__ == "Interrupted":

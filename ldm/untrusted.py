@@ -1,6 +1,6 @@
 """Files that somebody else wrote, as plain data: nothing is run, resolved or imported, and sizes are bounded first.
 
-JSON and YAML here; tensors in `ldm.formats.open`, by the same rules.
+JSON and YAML here; tensors in `ldm.formats.files.open`, by the same rules.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of ours to go on from, tiny, made in this process (tests/few.py). Never write in it."""
+    """A run of ours to go on from, tiny, made in this process (tests/support/few.py). Never write in it."""
     from few import make_base  # what it imports takes seconds
 
     return make_base(tmp_path_factory.mktemp("base"))
@@ -37,7 +37,7 @@ def fifty(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
-    """A small Stable Diffusion 1 as on the hub (tests/published.py). Never write in it."""
+    """A small Stable Diffusion 1 as on the hub (tests/support/published_models.py). Never write in it."""
     return _published(tmp_path_factory, "sd1")
 
 
@@ -54,19 +54,19 @@ def sd2_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_is_published(monkeypatch):
-    """As if tests/published.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
-    from ldm.formats import known  # what it imports takes seconds
+    """As if tests/support/published_models.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
+    from ldm.formats import published  # what it imports takes seconds
 
     widths = (32, 64, 64, 64)
-    monkeypatch.setitem(known.UNETS, (widths, 32), {"head_dim": 8, "num_heads": None, "norm_groups": 8})
-    monkeypatch.setitem(known.AUTOENCODERS, ((16, 16, 32, 32), 4), {"norm_groups": 8})
-    monkeypatch.setattr(known, "AUTOENCODER", (16, 16, 32, 32))
+    monkeypatch.setitem(published.UNETS, (widths, 32), {"head_dim": 8, "num_heads": None, "norm_groups": 8})
+    monkeypatch.setitem(published.AUTOENCODERS, ((16, 16, 32, 32), 4), {"norm_groups": 8})
+    monkeypatch.setattr(published, "AUTOENCODER", (16, 16, 32, 32))
     rest = {"heads": 4, "activation": "gelu", "pad": "!"}
-    monkeypatch.setitem(known.TEXTS, (32, True), rest)
-    monkeypatch.setitem(known.TEXTS, (32, False), rest | {"activation": "quick_gelu", "pad": None})
+    monkeypatch.setitem(published.TEXTS, (32, True), rest)
+    monkeypatch.setitem(published.TEXTS, (32, False), rest | {"activation": "quick_gelu", "pad": None})
 
 
 def _published(factory, name: str) -> Path:
-    import published  # diffusers takes seconds to import
+    import published_models  # diffusers takes seconds to import
 
-    return published.save(getattr(published, name)(), factory.mktemp("published") / name)
+    return published_models.save(getattr(published_models, name)(), factory.mktemp("published") / name)

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm import Pipeline
-from ldm.config import conf_dir, register
+from ldm.config.root import conf_dir, register
 from ldm.errors import ConfigError
-from ldm.training.run import train_run
+from ldm.training.run.fit import train_run
 
 PROMPTS = ["a large red star at the left on a green background", "a small blue circle on a brown background"]
 FIXED = ["model=unet_tiny", "text_encoder=small_tiny", "trainer=debug", "logger=none", "batch_size=8", "max_steps=20"]

@@ -63,7 +63,7 @@ def ours(part):
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from ldm.config import conf_dir
+    from ldm.config.root import conf_dir
     from ldm.diffusion.condition import Condition
 
     group, name = BUILT[part]

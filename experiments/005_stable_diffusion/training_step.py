@@ -20,7 +20,7 @@ STEPS = 2  # the first also allocates the optimizer's state
 def ours():
     import yaml
 
-    from ldm.config import conf_dir
+    from ldm.config.root import conf_dir
     from ldm.diffusion.condition import Condition
     from ldm.models.unet import UNet
 

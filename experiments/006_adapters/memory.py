@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from ldm.config import conf_dir, plain, register
-from ldm.training.plan import Plan, plan
+from ldm.config.root import conf_dir, plain, register
+from ldm.memory.plan import Plan, plan
 
 GIB = 2**30
 ROOM = 15 * GIB  # of 16, one is assumed for CUDA's context and its kernels' workspaces

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from ldm.config import conf_dir, plain, register
-from ldm.training.assemble import build_module, build_parts
-from ldm.training.plan import plan
+from ldm.checkpoints.components import build_components
+from ldm.config.root import conf_dir, plain, register
+from ldm.memory.plan import plan
+from ldm.training.run.build import build_module
 
 GIVEN = ["model=unet_sd15", "model.block_channels=[96,192,384,384]", "model.cross_attention_dim=128", "ema=none"]
 GIVEN += ["autoencoder=kl_f8", "autoencoder.block_channels=[32,64,64,64]", "text_encoder=small", "image_size=256"]
@@ -36,7 +37,7 @@ def main(recompute: str) -> None:
     tiny = torch.nn.Conv2d(8, 8, 3, padding=1)
     tiny(torch.zeros(1, 8, 8, 8)).sum().backward()  # the kernels' libraries are there before the count begins
     before = resident()
-    module = build_module(config, build_parts(config)).train()
+    module = build_module(config, build_components(config)).train()
     optimizer = module.configure_optimizers()["optimizer"]
     for _ in range(2):
         x0 = torch.randn(config["batch_size"], 4, 32, 32)

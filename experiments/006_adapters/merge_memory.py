@@ -28,9 +28,10 @@ RANK = 16
 
 def make(folder: Path, width: int, seed: int) -> None:
     """One model in every layout."""
+    from ldm.checkpoints.components import build_components
+    from ldm.checkpoints.load import Loaded
+    from ldm.checkpoints.save import save_states
     from ldm.text.tokenizer import build_tokenizer
-    from ldm.training.assemble import build_parts
-    from ldm.training.loading import Loaded, save_states
 
     config = {
         "module": "latent_diffusion",
@@ -41,7 +42,7 @@ def make(folder: Path, width: int, seed: int) -> None:
         "scheduler": {"_target_": "ldm.diffusion.schedulers.ScaledLinear", "beta_start": 0.00085, "beta_end": 0.012},
         "parameterization": {"_target_": "ldm.diffusion.parameterizations.Eps"},
     }
-    parts = build_parts(config, device="meta")
+    parts = build_components(config, device="meta")
     parts.text_encoder.set_tokenizer(build_tokenizer(["a red cat"], 560))
     generator = torch.Generator().manual_seed(seed)
     states = {
@@ -60,10 +61,10 @@ def make(folder: Path, width: int, seed: int) -> None:
 
 def measure(arguments: dict) -> None:
     """Merges and prints the peak above what the imports took."""
-    import ldm.training.loading
-    from ldm.training.merging import merge
+    import ldm.checkpoints.load
+    from ldm.checkpoints.merge import merge
 
-    ldm.training.loading.build_parts({"module": "autoencoder", "autoencoder": AUTOENCODER}, device="meta")
+    ldm.checkpoints.load.build_components({"module": "autoencoder", "autoencoder": AUTOENCODER}, device="meta")
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     merge(**arguments)
     print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024))

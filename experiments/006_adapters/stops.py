@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ldm import Pipeline
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 import published  # noqa: E402
 
 STEPS = 150

@@ -18,8 +18,8 @@ import diffusers
 import torch
 
 from ldm.build import build
+from ldm.checkpoints.sampler import solver_of
 from ldm.formats.schedulers import _SAMPLERS, nodes
-from ldm.training.solvers import solver_of
 
 warnings.simplefilter("ignore")
 diffusers.utils.logging.set_verbosity(60)

@@ -1,4 +1,4 @@
-"""Every case of tests/malformed.py through its command, each in a process of its own: exit code, line, seconds, memory.
+"""Every case of tests/support/malformed.py through its command, in a process of its own: code, line, seconds, memory.
 
 python experiments/009_malformed/run.py [words of names]   writes malformed.csv beside itself; exit 1 if one case fails
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "tests")]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "tests" / "support")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import malformed  # noqa: E402

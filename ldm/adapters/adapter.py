@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         self._handles = []
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Within the block it is as if it were not attached."""
         strength, self.strength = self.strength, 0.0
         try:

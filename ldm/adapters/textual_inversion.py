@@ -62,10 +62,10 @@ class TextualInversion(Adapter):
                 f"the embedding {self.placeholder} is {self.vectors.shape[1]} numbers wide, this model's words are "
                 f"{rows.shape[1]} (Stable Diffusion 1: 768, 2: 1024): load the base that it was trained on."
             )
-        if len(self.vectors) > text_encoder.room:
+        if len(self.vectors) > text_encoder.max_tokens:
             raise ConfigError(
                 f"the embedding {self.placeholder} has {len(self.vectors)} vectors, and this model's prompts have "
-                f"{text_encoder.room} tokens: it cannot be said."
+                f"{text_encoder.max_tokens} tokens: it cannot be said."
             )
         text_encoder.add_word(self.placeholder, self.vectors)
         self._text_encoder = [text_encoder]
@@ -90,7 +90,7 @@ class TextualInversion(Adapter):
         self._text_encoder = []
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         attached = list(self._text_encoder)
         self.detach()
         try:

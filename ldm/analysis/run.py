@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.allowed import only_allowed
 from ldm.errors import ConfigError
-from ldm.training.run_directory import read_json
+from ldm.training.run.directory import read_json
 from ldm.training.totals import bin_times, binned
 from ldm.untrusted import read_yaml, records
 

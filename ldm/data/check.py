@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.fields import Fields
-from ldm.data.manifest import MANIFEST, read_manifest
 from ldm.data.samples import sequential
-from ldm.data.shards import Shards, open_shards, scan_all, splits
+from ldm.data.shards.manifest import MANIFEST, read_manifest
+from ldm.data.shards.splits import Shards, open_shards, scan_all, splits
 from ldm.errors import ConfigError
 
 

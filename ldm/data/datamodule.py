@@ -11,11 +11,11 @@ import torch
 from ldm.data.captions import SampleError
 from ldm.data.fields import read_fields
 from ldm.data.loader import REFUSE, ThreadLoader, ValidationLoader
-from ldm.data.plan import Geometry
-from ldm.data.reader import IndexedShards
+from ldm.data.order import Geometry
 from ldm.data.samples import Batches, Stage, stages_for
-from ldm.data.shards import Shards, open_split, split_names
-from ldm.data.stream import StreamLoader
+from ldm.data.shards.reader import IndexedShards
+from ldm.data.shards.splits import Shards, open_split, split_names
+from ldm.data.shards.stream import StreamLoader
 from ldm.data.transforms import CropImage, DecodeImage
 from ldm.errors import ConfigError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm.data.captions import SampleError, decode_text, json_of, spoken
-from ldm.data.plan import uniforms
+from ldm.data.order import uniforms
 from ldm.errors import ConfigError
 from ldm.text import reading
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.data import plan
-from ldm.data.plan import Geometry
+from ldm.data import order
+from ldm.data.order import Geometry
 from ldm.data.samples import Batches
 from ldm.data.threads import in_order
 from ldm.errors import ConfigError
@@ -52,7 +52,7 @@ class ThreadLoader:
         self._fresh = False
         epoch = self.epoch
         length = self.geometry.global_batch * self.geometry.steps(self.n)
-        indices, passes = plan.epoch_order(self.seed, epoch, self.n, length, self.shuffle)
+        indices, passes = order.epoch_order(self.seed, epoch, self.n, length, self.shuffle)
 
         def job(number: int) -> dict[str, Any]:
             rows = self.geometry.rows(number)

@@ -14,9 +14,9 @@ import webdataset as wds
 
 from ldm.data.captions import SampleError
 from ldm.data.fields import Fields
-from ldm.data.plan import uniforms
-from ldm.data.reader import IndexedShards
-from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards
+from ldm.data.order import uniforms
+from ldm.data.shards.reader import IndexedShards
+from ldm.data.shards.splits import LATENT_FIELD, MIRRORED_FIELD, Shards
 from ldm.data.threads import in_order
 from ldm.data.transforms import CropImage, DecodeImage, DecodeLatent, read_npy
 from ldm.errors import ConfigError

@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm.data.captions import SampleError
 from ldm.data.fields import Fields
-from ldm.data.plan import uniforms
-from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD
+from ldm.data.order import uniforms
+from ldm.data.shards.splits import LATENT_FIELD, MIRRORED_FIELD
 from ldm.errors import ConfigError
 
 MAX_PIXELS = 64_000_000  # decoded, that is 192 MB; a 10 kB file can claim far more

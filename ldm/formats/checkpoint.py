@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.formats import diffusers_folder, hub, kinds, known, run_config, single_file, single_metadata
+from ldm.formats import kinds, published, run_config
 from ldm.formats.content import PARTS, Checkpoint
-from ldm.formats.diffusers_folder import Described
+from ldm.formats.diffusers import folder as diffusers_folder
+from ldm.formats.diffusers.folder import Described
+from ldm.formats.files import hub
+from ldm.formats.files.atomic import atomic_write
+from ldm.formats.files.open import float32, load
+from ldm.formats.files.store import cast, save_tensors
+from ldm.formats.keys.plain_names import plain
 from ldm.formats.kinds import Kind
 from ldm.formats.match import architecture, carries, expected, match, settings
-from ldm.formats.open import float32, load
-from ldm.formats.plain_names import plain
-from ldm.formats.store import cast, save_tensors
-from ldm.formats.whole import written_whole
+from ldm.formats.single import file as single_file
+from ldm.formats.single import metadata as single_metadata
 from ldm.untrusted import interpreted
 from ldm.untrusted import place as what_is_at
 
@@ -90,7 +94,7 @@ def write(checkpoint: Checkpoint, path: str | Path, format: str, dtype: str = "f
         raise ConfigError(f"output={path} exists already: give another output=, or remove it first.")
     check(checkpoint, format)
     if format == "diffusers":
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             diffusers_folder.write(checkpoint, part, DTYPES[dtype])
     else:
         _write_compvis(checkpoint, path, DTYPES[dtype])
@@ -106,7 +110,7 @@ def _write_compvis(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
             f"output={path}: a .ckpt cannot say sizes or a schedule other than Stable Diffusion's, and this model has "
             "others. Give a name that ends in .safetensors, or format=diffusers."
         )
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         if path.suffix == ".ckpt":
             stored = {k: _alone(cast(v, dtype, k).contiguous()) for k, v in tensors.items()}
             torch.save({"state_dict": stored} | ({} if step is None else {"global_step": step}), part)
@@ -124,7 +128,7 @@ def _marked_step(checkpoint: Checkpoint) -> int | None:
     model, schedule = checkpoint.config.get("model"), checkpoint.scheduler_config
     if model is None or schedule is None or not settings(model, "unet")["linear_projection"]:
         return None
-    return known.BASE_STEP if schedule.get("prediction_type", "epsilon") == "epsilon" else 0
+    return published.BASE_STEP if schedule.get("prediction_type", "epsilon") == "epsilon" else 0
 
 
 def check(checkpoint: Checkpoint, format: str) -> None:
@@ -202,11 +206,13 @@ def _given(config: str | Path | None, said: Described | None) -> Described | Non
 
 def _published_words(checkpoint: Checkpoint) -> Path | None:
     """CLIP's published tokenizer, for files that read captions with it; None where it cannot be had now."""
-    if checkpoint.config["text_encoder"]["vocab_size"] != known.VOCABULARY:
+    if checkpoint.config["text_encoder"]["vocab_size"] != published.VOCABULARY:
         return None
     files = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
-        return hub.fetch(known.TOKENIZER, "tokenizer", files, "Give config=DIR, a diffusers folder of the same model")
+        return hub.fetch(
+            published.TOKENIZER, "tokenizer", files, "Give config=DIR, a diffusers folder of the same model"
+        )
     except ConfigError as error:
         warnings.warn(f"the checkpoint has no tokenizer: {error}", stacklevel=3)
         return None

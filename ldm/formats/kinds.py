@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.errors import ConfigError
-from ldm.formats.open import load
-from ldm.formats.plain_names import plain_names
+from ldm.formats.files.open import load
+from ldm.formats.keys.plain_names import plain_names
 from ldm.untrusted import read_json
 
 Kind = Literal[

@@ -14,8 +14,8 @@ from torch import Tensor
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
-from ldm.formats import bounded
 from ldm.formats.content import Node, State
+from ldm.formats.files import bounded
 from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.small import SmallTextEncoder

@@ -7,9 +7,9 @@ from typing import Any
 
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
-from ldm.formats import known, schedulers
+from ldm.formats import published, schedulers
 from ldm.formats.content import PARTS, Checkpoint
-from ldm.formats.diffusers_folder import Described
+from ldm.formats.diffusers.folder import Described
 from ldm.formats.match import architecture, carries
 
 
@@ -50,4 +50,4 @@ def describe(file: Path) -> Described:
     # A run keeps its words in its checkpoints, all the same ones; a checkpoint folder beside its own config.yaml.
     words = [file.parent / "tokenizer", *sorted(file.parent.glob("checkpoints/step-*/tokenizer"))]
     tokenizer = next((folder for folder in reversed(words) if folder.is_dir()), None)
-    return Described(Checkpoint(nodes, {}, schedule, tokenizer), known.SCALING)
+    return Described(Checkpoint(nodes, {}, schedule, tokenizer), published.SCALING)

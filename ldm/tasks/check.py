@@ -6,13 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config import check as check_config
-from ldm.config import plain
+from ldm.config.check import check as check_config
+from ldm.config.root import plain
 from ldm.data.check import check_dataset
 from ldm.data.fields import fields_of
-from ldm.data.shards import find_tars, splits
+from ldm.data.shards.splits import find_tars, splits
 from ldm.errors import ConfigError
-from ldm.training.run_directory import write_json
+from ldm.training.run.directory import write_json
 
 
 def check(config: DictConfig, arm: Path | None = None) -> dict[str, float]:

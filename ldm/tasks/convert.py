@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config import check
+from ldm.checkpoints.adapters import ADAPTER_FORMATS, convert_adapter, is_adapter
+from ldm.checkpoints.load import load_any
+from ldm.checkpoints.save import FORMATS, check_target, save_any
+from ldm.config.check import check
 from ldm.errors import ConfigError
-from ldm.training.adapters import ADAPTER_FORMATS, convert_adapter, is_adapter
-from ldm.training.loading import FORMATS, check_target, load_any, save_any
 
 
 def convert(config: DictConfig, arm: Path | None = None) -> dict[str, float]:

@@ -12,17 +12,18 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.autoencoders.kl import Autoencoder
-from ldm.config import check, digest, plain
+from ldm.checkpoints.components import load_trained, task_device
+from ldm.checkpoints.folder import read_manifest, take_parts
+from ldm.checkpoints.stages import to_native
+from ldm.config.check import check
+from ldm.config.root import digest, plain
 from ldm.data.fields import fields_of
 from ldm.data.samples import sequential
-from ldm.data.shards import LATENT_FIELD, MIRRORED_FIELD, Shards, file_name, open_split, split_names
+from ldm.data.shards.splits import LATENT_FIELD, MIRRORED_FIELD, Shards, file_name, open_split, split_names
+from ldm.data.shards.writer import Written, write_dataset
 from ldm.data.sources.item import Item, Reject
-from ldm.data.writer import Written, write_dataset
 from ldm.errors import ConfigError
-from ldm.training.assemble import load_trained, task_device
 from ldm.training.autoencoder import to_unit
-from ldm.training.checkpoints import read_manifest, take_parts
-from ldm.training.loading import as_ours
 
 
 def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
@@ -30,7 +31,7 @@ def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     check(config)
     values = plain(config)
     if values["checkpoint"]:
-        values["checkpoint"] = str(as_ours(values))
+        values["checkpoint"] = str(to_native(values))
     written = encode_shards(values, Path(config.output) if config.output else None)
     print(written)
     print(f"latents: {written.output}")

@@ -14,26 +14,27 @@ from torch import Tensor
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
-from ldm.config import check, digest, plain
+from ldm.checkpoints.components import load_trained, task_device
+from ldm.checkpoints.folder import run_of
+from ldm.checkpoints.sampler import sampling_settings
+from ldm.checkpoints.stages import to_native
+from ldm.config.check import check
+from ldm.config.root import digest, plain
 from ldm.data.captions import SampleError
 from ldm.data.fields import Fields, fields_of
-from ldm.data.reader import IndexedShards
 from ldm.data.samples import sequential
-from ldm.data.shards import Shards, open_split, split_names
+from ldm.data.shards.reader import IndexedShards
+from ldm.data.shards.splits import Shards, open_split, split_names
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
 from ldm.metrics.evaluation import Drawn, Evaluation, Scored
 from ldm.pictures import grid
 from ldm.pipeline import Pipeline
 from ldm.sampling import Sampler
-from ldm.tasks.measured import check_optimized, of_evaluation
-from ldm.training.assemble import load_trained, task_device
+from ldm.sweep.measured import check_optimized, of_evaluation
 from ldm.training.autoencoder import to_unit
-from ldm.training.checkpoints import run_of
-from ldm.training.loading import as_ours
-from ldm.training.run_directory import read_json, write_json
-from ldm.training.solvers import sampling_settings
-from ldm.training.wandb_mirror import add_scores
+from ldm.training.run.directory import read_json, write_json
+from ldm.training.run.wandb_mirror import add_scores
 from ldm.untrusted import interpreted, number, shown
 
 BATCH = 64
@@ -48,7 +49,7 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
     if not values["checkpoint"]:
         raise ConfigError("task=evaluate needs checkpoint=RUN, for example checkpoint=outputs/mine.")
     check_optimized(values["optimized_metric"], of_evaluation(values["metric"]))
-    values["checkpoint"] = str(as_ours(values))
+    values["checkpoint"] = str(to_native(values))
     result, output = evaluate_run(values)
     for name, value in sorted(result.items()):
         if "/low" not in name and "/high" not in name and not name.endswith(("/n", "/chance")):

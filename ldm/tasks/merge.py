@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config import check, fits, plain
+from ldm.checkpoints.merge import merge
+from ldm.config.check import check, fits
+from ldm.config.root import plain
 from ldm.errors import ConfigError
-from ldm.training.merging import merge
 
 
 def merge_task(config: DictConfig, arm: Path | None = None) -> dict[str, float]:

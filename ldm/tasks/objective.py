@@ -16,11 +16,12 @@ from rich.table import Table
 
 from ldm.analysis.objective import Bin, by_log_snr, findings
 from ldm.build import build
-from ldm.config import check, digest, plain
+from ldm.checkpoints.sampler import USUAL
+from ldm.config.check import check
+from ldm.config.root import digest, plain
 from ldm.diffusion.levels import Levels
 from ldm.diffusion.samplers.own import own_solver
 from ldm.diffusion.schedulers import Scheduler
-from ldm.training.solvers import USUAL
 
 READ = ("scheduler", "parameterization", "weighting", "times", "sampler", "grid", "num_steps")
 SHOWN_TIMES = (0.001, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm.build import as_literal
-from ldm.config import check, plain
+from ldm.checkpoints.folder import DIFFUSION_NODES, find
+from ldm.checkpoints.load import adopted
+from ldm.config.check import check
+from ldm.config.root import plain
 from ldm.errors import ConfigError
 from ldm.formats.kinds import is_ours
+from ldm.memory.plan import Plan
+from ldm.memory.plan import plan as make_plan
 from ldm.models.inputs import inpainting_channels
-from ldm.training.checkpoints import DIFFUSION_NODES, find
-from ldm.training.loading import adopted
-from ldm.training.plan import Plan
-from ldm.training.plan import plan as make_plan
-from ldm.training.strategy import check_strategy
+from ldm.training.distributed.strategy import check_strategy
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 40, 80)  # GB of memory

@@ -7,8 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.build import build
-from ldm.config import check, digest, plain
-from ldm.data.writer import Written, write_dataset
+from ldm.config.check import check
+from ldm.config.root import digest, plain
+from ldm.data.shards.writer import Written, write_dataset
 from ldm.errors import ConfigError
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.config import digest
+from ldm.checkpoints.components import task_device
+from ldm.checkpoints.folder import find, read_manifest
+from ldm.config.root import digest
+from ldm.data.shards.writer import Written
 from ldm.data.sources.tree import pictures_in
-from ldm.data.writer import Written
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.prepare import prepare_shards
-from ldm.training.assemble import task_device
-from ldm.training.checkpoints import find, read_manifest
 
 
 def check_prior(config: DictConfig) -> None:

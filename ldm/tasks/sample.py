@@ -12,7 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from ldm.config import check, digest, plain
+from ldm.checkpoints.components import task_device
+from ldm.checkpoints.folder import find, run_of
+from ldm.config.check import check
+from ldm.config.root import digest, plain
 from ldm.errors import ConfigError
 from ldm.formats.adapters import located
 from ldm.formats.kinds import is_ours
@@ -20,8 +23,6 @@ from ldm.pictures import film_strip, grid, to_pil
 from ldm.pipeline import Pipeline
 from ldm.sampling import Request, chosen_steps
 from ldm.text import reading
-from ldm.training.assemble import task_device
-from ldm.training.checkpoints import find, run_of
 
 # Keys that Pipeline.request takes under the same name, and groups that decide the picture too.
 ASKED = (

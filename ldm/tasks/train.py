@@ -12,38 +12,36 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import as_literal, build
-from ldm.choices import drop_leftovers
-from ldm.config import check, nearest, plain
+from ldm.checkpoints.adapters import save_adapters
+from ldm.checkpoints.components import check_adapters, check_builds
+from ldm.checkpoints.folder import DIFFUSION_NODES, folder_name, read_config, run_of
+from ldm.checkpoints.load import adopted, load_any
+from ldm.checkpoints.sampler import sampling_settings
+from ldm.checkpoints.save import save_any
+from ldm.checkpoints.stages import alone, to_native
+from ldm.config.check import check
+from ldm.config.choices import drop_leftovers
+from ldm.config.root import plain
 from ldm.data.fields import fields_of
-from ldm.data.shards import open_split
-from ldm.data.writer import Written
-from ldm.errors import ConfigError
+from ldm.data.shards.splits import open_split
+from ldm.data.shards.writer import Written
+from ldm.errors import ConfigError, nearest
+from ldm.formats.files.atomic import atomic_write
 from ldm.formats.run_config import file_of
-from ldm.formats.whole import written_whole
 from ldm.models.inputs import inpainting_channels
 from ldm.report import write_report
+from ldm.sweep.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.evaluate import built_metrics, evaluate_run
-from ldm.tasks.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.prepare import prepare_shards
 from ldm.tasks.prior import check_prior, class_latents
-from ldm.training import processes
-from ldm.training.adapters import save_adapters
-from ldm.training.assemble import (
-    caption_templates,
-    check_adapters,
-    check_builds,
-    reads_captions,
-    refuse_unsaid,
-)
 from ldm.training.callbacks.saving import Interrupted
-from ldm.training.checkpoints import DIFFUSION_NODES, folder_name, read_config, run_of
-from ldm.training.hosts import check_hosts
-from ldm.training.loading import adopted, as_ours, load_any, save_any
-from ldm.training.run import Finished, train_run
-from ldm.training.run_directory import alone, write_json
-from ldm.training.solvers import sampling_settings
-from ldm.training.strategy import check_trainer, timeout_of
+from ldm.training.distributed import processes
+from ldm.training.distributed.hosts import check_hosts
+from ldm.training.distributed.strategy import check_trainer, timeout_of
+from ldm.training.run.captions import caption_templates, reads_captions, refuse_unsaid
+from ldm.training.run.directory import write_json
+from ldm.training.run.fit import Finished, train_run
 
 ALONE = {"module": "autoencoder", "frozen_dtype": "float32"}  # the stage autoencoder: all of it is trained
 STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
@@ -99,7 +97,7 @@ def start_from_any_layout(config: DictConfig) -> None:
         )
     if not config.checkpoint:
         return
-    folder = Path(processes.by_first(lambda: str(as_ours(config))))  # it may write a converted copy
+    folder = Path(processes.by_first(lambda: str(to_native(config))))  # it may write a converted copy
     config.checkpoint = str(folder)
     if config.module == "latent_diffusion":
         check_adapters(plain(config), read_config(folder), folder)
@@ -138,7 +136,7 @@ def _export(config: DictConfig, checkpoint: Path) -> None:
         if not target.exists():
             loaded = load_any(checkpoint)
             if loaded.parts.adapters:
-                with written_whole(target) as part:
+                with atomic_write(target) as part:
                     save_adapters(loaded.parts.adapters, part, run.name)
             else:
                 save_any(loaded, target, config.export)

@@ -88,7 +88,7 @@ class CLIPText(CLIPTokenized):
         # mask None: like Stable Diffusion, models attend to the padding too.
         return Condition(context=self._run(ids).last_hidden_state)
 
-    def earlier(self, ids: Tensor, clip_skip: int) -> Condition:
+    def hidden_states(self, ids: Tensor, clip_skip: int) -> Condition:
         """The states before the last `clip_skip` layers, after the final norm."""
         layers = self.text_model.config.num_hidden_layers
         if not 0 < clip_skip < layers:

@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
         """(B, L) -> Condition. Call the module, not this, so that hooks and compilation apply."""
         raise NotImplementedError
 
-    def earlier(self, ids: Tensor, clip_skip: int) -> Condition:
+    def hidden_states(self, ids: Tensor, clip_skip: int) -> Condition:
         """(B, L) -> what `forward` would give without the last `clip_skip` layers, at least one."""
         raise ConfigError(f"clip_skip={clip_skip}: {type(self).__name__} has no layers to skip. Use clip_skip=0.")
 
@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         """(B, L) on any device -> Condition on the encoder's. clip_skip: last layers left out, as in diffusers."""
         parameter = next(self.parameters(), None)
         ids = ids if parameter is None else ids.to(parameter.device)
-        return self.earlier(ids, clip_skip) if clip_skip else self(ids)
+        return self.hidden_states(ids, clip_skip) if clip_skip else self(ids)
 
     def save_tokenizer(self, directory: str | Path) -> None:
         """Writes what `load_tokenizer` reads, in CLIP's layout; nothing where there is no tokenizer."""
@@ -156,19 +156,19 @@ class CLIPTokenized(TextEncoder):
         save_tokenizer(self.tokenizer, directory)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        from ldm.text.tokenizer import content, framed
+        from ldm.text.tokenizer import content, with_special_tokens
 
         if self._words:
             rows = [[token.id for token in self.tokens(caption)] for caption in captions]
         else:
             rows = content(self.tokenizer, captions)
         for caption, row in zip(captions, rows, strict=True):
-            if len(row) > self.room:
+            if len(row) > self.max_tokens:
                 self.warn_of_cut(caption)
-        return framed(self.tokenizer, [row[: self.room] for row in rows], self.max_length)
+        return with_special_tokens(self.tokenizer, [row[: self.max_tokens] for row in rows], self.max_length)
 
     @property
-    def room(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of a caption between its two marks."""
         return self.max_length - 2
 
@@ -182,9 +182,9 @@ class CLIPTokenized(TextEncoder):
 
     def frame(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """B rows of at most `room` token ids -> (B, L) on the CPU: each between its marks, and padded."""
-        from ldm.text.tokenizer import framed
+        from ldm.text.tokenizer import with_special_tokens
 
-        return framed(self.tokenizer, rows, self.max_length)
+        return with_special_tokens(self.tokenizer, rows, self.max_length)
 
     def warn_of_cut(self, caption: str) -> None:
         """Says that captions are too long, once, by this example."""

@@ -64,11 +64,11 @@ class Prompts:
         weights = [weight for piece, weight in pieces for _ in piece]
         words = [[(t.id, weights[t.start]) for t in word] for word in _words(text, text_encoder.tokens(text))]
         if self.chunked:
-            return in_chunks(words, text_encoder.room)
+            return in_chunks(words, text_encoder.max_tokens)
         tokens = [token for word in words for token in word]
-        if len(tokens) > text_encoder.room:
+        if len(tokens) > text_encoder.max_tokens:
             text_encoder.warn_of_cut(text)
-        return [tokens[: text_encoder.room]]
+        return [tokens[: text_encoder.max_tokens]]
 
 
 def in_chunks(words: Sequence[Chunk], size: int) -> list[Chunk]:

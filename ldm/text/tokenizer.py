@@ -118,7 +118,7 @@ def with_words(tokenizer: CLIPTokenizer, words: list[str]) -> CLIPTokenizer:
     return made
 
 
-def framed(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], max_length: int) -> Tensor:
+def with_special_tokens(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], max_length: int) -> Tensor:
     """B rows of at most max_length - 2 ids -> (B, max_length): start mark, row, end mark, padding."""
     ids = torch.full((len(rows), max_length), tokenizer.pad_token_id, dtype=torch.long)
     for i, row in enumerate(rows):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.config import FROZEN_DTYPES
+from ldm.checkpoints.components import Components
+from ldm.checkpoints.folder import Content, write
+from ldm.config.root import FROZEN_DTYPES
 from ldm.errors import ConfigError
-from ldm.training.assemble import Parts
-from ldm.training.checkpoints import Content, write
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FROZEN_DTYPES}
 
 
-def frozen_parts(parts: Parts, adapted: bool) -> dict[str, nn.Module]:
+def frozen_parts(parts: Components, adapted: bool) -> dict[str, nn.Module]:
     """The parts that a latent diffusion run does not train, by their names in a checkpoint folder.
 
     adapted: adapters are trained, and nothing but them.
@@ -37,7 +37,7 @@ def check_frozen_dtype(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"frozen_dtype={given}: module=autoencoder freezes nothing, so leave frozen_dtype out.")
 
 
-def cast_frozen(parts: Parts, adapted: bool, dtype: torch.dtype) -> None:
+def cast_frozen(parts: Components, adapted: bool, dtype: torch.dtype) -> None:
     """Casts the weights of frozen parts where they stand. Buffers keep their type: they are units and tables.
 
     Adapters come after it: what they begin as depends on the weights that they will stand beside.
@@ -47,7 +47,7 @@ def cast_frozen(parts: Parts, adapted: bool, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def keep_originals(folder: Path, parts: Parts, adapted: bool, config: str) -> None:
+def keep_originals(folder: Path, parts: Components, adapted: bool, config: str) -> None:
     """Writes frozen parts as they are now into `folder`, a checkpoint folder of theirs alone.
 
     A run's first checkpoint links its frozen files from here, so that checkpoints hold what the run started from bit

@@ -94,12 +94,12 @@ class LatentDiffusion(TrainedModule):
         return {f"adapters.{name}.": lr for name, lr in rates.items() if lr is not None}
 
     @contextmanager
-    def without_adapters(self) -> Iterator[None]:
+    def adapters_disabled(self) -> Iterator[None]:
         """Within the block the model is its base."""
         with ExitStack() as stack:
             for adapter in self.adapters.values():
                 assert isinstance(adapter, Adapter)
-                stack.enter_context(adapter.absent())
+                stack.enter_context(adapter.disabled())
             yield
 
     def train(self, mode: bool = True) -> LatentDiffusion:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.training import processes
+from ldm.training.distributed import processes
 from ldm.training.ema import EMA
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals
@@ -148,6 +148,6 @@ def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], l
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def stepped(trainer: L.Trainer, batch_idx: int) -> bool:
+def is_optimizer_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch ended an optimizer step; epochs are whole numbers of steps."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.folder import read_manifest
 from ldm.data.samples import sequential
-from ldm.data.shards import open_split
+from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
-from ldm.training.checkpoints import read_manifest
 from ldm.training.randomness import seed_of
 
 

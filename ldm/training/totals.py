@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.training import processes
+from ldm.training.distributed import processes
 
 TIME_BINS = 10  # of t in [0, 1]: training losses fall into them, validation stands in their middles
 

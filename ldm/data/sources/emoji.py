@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from ldm.data.plan import validation_share
+from ldm.data.order import validation_share
 from ldm.data.sources.item import Item, image_item
 from ldm.errors import ConfigError
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.data.captions import CAPTIONS_WANTED, SampleError, decode_text
 from ldm.data.fields import Fields
-from ldm.data.plan import validation_share
+from ldm.data.order import validation_share
 from ldm.data.sources.item import Item, Reject, image_item
 from ldm.data.sources.matching import captions_by_table, tables
 from ldm.data.sources.tree import PICTURES, Tree, walk

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from ldm.errors import ConfigError
-from ldm.formats import hub, kinds
-from ldm.formats.open import Opened, load
+from ldm.formats import kinds
+from ldm.formats.files import hub
+from ldm.formats.files.open import Opened, load
 from ldm.untrusted import place as what_is_at
 
 AdapterKind = Literal["lora", "textual_inversion", "hypernetwork"]

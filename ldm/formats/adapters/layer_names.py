@@ -7,7 +7,7 @@ from collections.abc import Collection
 from functools import cached_property
 
 from ldm.errors import ConfigError
-from ldm.formats.unet_keys import compvis_names
+from ldm.formats.keys.unet import compvis_names
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}  # our parts -> kohya's, whose names have no dots
 TEXT = "text_encoder.text_model."

@@ -15,7 +15,7 @@ from ldm.formats.adapters.embedding import BUNDLED, read_bundled
 from ldm.formats.adapters.layer_names import LayerNames
 from ldm.formats.adapters.peft_settings import KEY, LARGEST_ALPHA, PeftSettings
 from ldm.formats.adapters.tensors import read_weights
-from ldm.formats.open import Opened
+from ldm.formats.files.open import Opened
 
 # A layer's name, then what of it this is: kohya's, peft's (with the adapter's name, if any) or diffusers' own spelling.
 _ENTRY = re.compile(

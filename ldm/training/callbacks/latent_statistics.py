@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from ldm.training.autoencoder import AutoencoderTraining, to_unit
-from ldm.training.module import stepped
+from ldm.training.module import is_optimizer_step
 
 
 class LatentStatistics(L.Callback):
@@ -19,7 +19,7 @@ class LatentStatistics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(pl_module, AutoencoderTraining) or not stepped(trainer, batch_idx):
+        if not isinstance(pl_module, AutoencoderTraining) or not is_optimizer_step(trainer, batch_idx):
             return
         if trainer.global_step != trainer.max_steps:
             return

@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from ldm.training.logging import log_metrics
-from ldm.training.module import TrainedModule, stepped
+from ldm.training.module import TrainedModule, is_optimizer_step
+from ldm.training.run.logging import log_metrics
 from ldm.training.totals import Totals
 
 
@@ -44,7 +44,7 @@ class Losses(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainedModule) and self.window is not None
-        if not stepped(trainer, batch_idx):
+        if not is_optimizer_step(trainer, batch_idx):
             return
         step = trainer.global_step
         pl_module.totals.reduce()

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from ldm.checkpoints.sampler import USUAL
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
@@ -16,9 +17,8 @@ from ldm.pictures import film_strip, grid
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining, to_unit
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.logging import log_picture
-from ldm.training.module import stepped
-from ldm.training.solvers import USUAL
+from ldm.training.module import is_optimizer_step
+from ldm.training.run.logging import log_picture
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Pictures(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if stepped(trainer, batch_idx) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+        if is_optimizer_step(trainer, batch_idx) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             try:
                 self.draw(trainer, pl_module, step)
             except NotFinite as error:  # the training goes on: its loss says whether it diverged
@@ -122,7 +122,7 @@ class Samples(_Pictures):
         with module.averaged():
             images = sampler.sample(request)
             if module.adapters and self._base is None:
-                with module.without_adapters():
+                with module.adapters_disabled():
                     self._base = sampler.sample(request)
         picture, text = grid(images, prompts), "; ".join(prompts)
         if self._base is not None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ldm.training.callbacks.losses import Losses
-from ldm.training.logging import log_metrics
-from ldm.training.module import TrainedModule, stepped
+from ldm.training.module import TrainedModule, is_optimizer_step
+from ldm.training.run.logging import log_metrics
 
 
 class ProgressBar(L.Callback):
@@ -35,7 +35,7 @@ class ProgressBar(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx) or not trainer.is_global_zero:
+        if not is_optimizer_step(trainer, batch_idx) or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, TrainedModule)
         step, now = trainer.global_step, time.perf_counter()

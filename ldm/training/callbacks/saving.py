@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 
-from ldm.training import processes
-from ldm.training.checkpoints import all_folders, folder_name
-from ldm.training.module import stepped
+from ldm.checkpoints.folder import all_folders, folder_name
+from ldm.training.distributed import processes
+from ldm.training.module import is_optimizer_step
 
 
 class Interrupted(Exception):
@@ -57,7 +57,7 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx):
+        if not is_optimizer_step(trainer, batch_idx):
             return
         # The signal that any process has had: all stop at the same step.
         step, number = trainer.global_step, processes.highest(self._signal)

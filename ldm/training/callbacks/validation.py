@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from ldm.training.logging import log_metrics, log_picture
-from ldm.training.module import TrainedModule, stepped
+from ldm.training.module import TrainedModule, is_optimizer_step
+from ldm.training.run.logging import log_metrics, log_picture
 from ldm.training.totals import Totals
 
 
@@ -25,7 +25,7 @@ class Validation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
             return
         assert isinstance(pl_module, TrainedModule)
         values = validate(trainer, pl_module)

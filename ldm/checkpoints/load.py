@@ -1,0 +1,132 @@
+"""A model from any layout, and into any: runs of ours, diffusers' folders, single files, hub ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.allowed import only_allowed, refuse_nodes
+from ldm.checkpoints.components import Components, attach_adapters, build_components, check_stored, load_states
+from ldm.checkpoints.folder import DIFFUSION_NODES, State, find, load_parts, read_config
+from ldm.errors import ConfigError
+from ldm.formats import checkpoint as foreign
+from ldm.formats import schedulers
+
+
+@dataclass
+class Loaded:
+    """Modules with their weights, the configuration that builds them, and where they come from."""
+
+    parts: Components
+    config: dict[str, Any]
+    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
+    scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json, where there is one
+
+
+@dataclass
+class Stored:
+    """A checkpoint whose tensors are still in its files (mapped), and no module is built."""
+
+    states: dict[str, State]  # "unet", "vae", "text_encoder", in our names, as they are stored
+    config: dict[str, Any]  # the nodes that build it, and `module`
+    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
+    scheduler_config: dict[str, Any] | None = None
+    tokenizer: Path | None = None
+    keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files
+
+
+def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None, whole: bool = True) -> Stored:
+    """A checkpoint in anybody's layout, checked, whose tensors are read when they are touched.
+
+    whole: parts that a file of a U-Net or a text encoder lacks come from config=, or it is refused; else they stay out.
+    """
+    if weights not in ("ema", "raw"):
+        raise ConfigError(f"weights={weights} is not known: choose ema or raw.")
+    path = Path(path).expanduser()  # shells leave checkpoint=~/x as it is
+    if foreign.kind(path) == "ldm":
+        folder = find(path)
+        saved, words = read_config(folder), folder / "tokenizer"
+        tokenizer = words if words.is_dir() else None
+        states = load_parts(folder, weights)
+        check_stored(saved, states, folder)
+        return Stored(states, saved, folder, saved.get("scheduler_config"), tokenizer)
+    checkpoint = foreign.read_stored(path, config, weights)
+    if whole and set(checkpoint.states) != {"vae"}:
+        _complete(checkpoint, path, config, weights)
+    nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
+    if checkpoint.scheduler_config is not None:
+        refuse_nodes(checkpoint.scheduler_config, path)
+        nodes |= schedulers.nodes(checkpoint.scheduler_config)
+    return Stored(
+        checkpoint.states,
+        only_allowed(nodes, path),
+        path,
+        checkpoint.scheduler_config,
+        checkpoint.tokenizer,
+        checkpoint.keep,
+    )
+
+
+_CALLED = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
+
+
+def _complete(checkpoint: foreign.Checkpoint, path: Path, config: str | Path | None, weights: str) -> None:
+    """Takes the parts that a checkpoint lacks from config=. ConfigError that names those which are nowhere."""
+    missing = [part for part in foreign.PARTS if part not in checkpoint.states]
+    if not missing:
+        return
+    other = None if config is None else _weights_of(config, weights)
+    nowhere = [part for part in missing if other is None or part not in other.states]
+    if nowhere:
+        lacks, has = (" and no ".join(_CALLED[part] for part in parts) for parts in (nowhere, checkpoint.states))
+        either = "" if other is None else f", and config={config} has none either"
+        raise ConfigError(
+            f"{path} has no {lacks}{either}: it holds {has.replace(' and no ', ' and ')} only. Give config=PATH, a "
+            "diffusers folder or a run of the same model, and what is missing is taken from there."
+        )
+    assert other is not None
+    for part in missing:
+        checkpoint.states[part], key = other.states[part], foreign.PARTS[part]
+        checkpoint.config[key] = other.config[key]
+    if checkpoint.scheduler_config is None:
+        checkpoint.scheduler_config = other.scheduler_config
+    for key in ("scheduler", "parameterization", "image_size"):  # runs of ours may have those that no file describes
+        if key in other.config:
+            checkpoint.config.setdefault(key, other.config[key])
+    checkpoint.tokenizer = checkpoint.tokenizer or other.tokenizer
+    checkpoint.keep = [*checkpoint.keep, other]
+
+
+def _weights_of(config: str | Path, weights: str) -> Stored:
+    return open_any(run_or_folder(Path(config).expanduser()), weights, whole=False)
+
+
+def run_or_folder(place: Path) -> Path:
+    """Where a run's config.yaml lies, else the path itself."""
+    return place.parent if place.is_file() and place.suffix in (".yaml", ".yml") else place
+
+
+def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
+    """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+    stored = open_any(path, weights, config)
+    parts = build_components(stored.config, stored.tokenizer)
+    load_states(parts, stored.states, stored.folder)
+    attach_adapters(stored.config, parts, stored.states, stored.folder)
+    return Loaded(parts, stored.config, stored.folder, stored.scheduler_config)
+
+
+def adopted(folder: Path) -> dict[str, Any]:
+    """The nodes that a run takes over from a checkpoint folder of ours, so that its parts fit as they are."""
+    saved = read_config(folder)
+    missing = [k for k in DIFFUSION_NODES if k not in saved]
+    if missing:
+        raise ConfigError(
+            f"checkpoint={folder} is no latent diffusion model (it has no {missing[0]}): adopt=true needs a whole one."
+        )
+    check_stored(saved, load_parts(folder), folder)
+    nodes = {k: dict(saved[k]) for k in DIFFUSION_NODES}
+    for node in nodes.values():
+        if "pretrained" in node:
+            node["pretrained"] = None  # the checkpoint has the weights
+    return {**nodes, "image_size": saved.get("image_size"), "scheduler_config": saved.get("scheduler_config")}

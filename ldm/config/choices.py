@@ -1,0 +1,75 @@
+"""Groups that are chosen to be nothing: `ema=none`, `ema=null`, and what an experiment has set inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, open_dict
+
+from ldm.config.root import conf_dir, group_names, plain
+from ldm.errors import ConfigError
+
+NOTHING = ("null", "none", "[]")
+EMPTY = ("none", "own")  # options of conf/ that leave a group empty, or to the model
+MANY = ("adapter", "callbacks", "metric")  # groups of several nodes, each under its name
+FREE = ("experiment", "debug")  # left out by default; local is none then
+NO_NODES = (*FREE, "local", "task")
+
+
+def said_in_words(argument: str) -> str:
+    """`group=null`, `group=[]` and `group=none` as the option that the group has for it, in a sweep's list too.
+
+    ConfigError where a group cannot be left out.
+    """
+    group, separator, value = argument.partition("=")
+    if not separator or group not in group_names() or not set(value.split(",")) & set(NOTHING):
+        return argument
+    return f"{group}={','.join(_option(group, v) if v in NOTHING else v for v in value.split(','))}"
+
+
+def _option(group: str, value: str) -> str:
+    options = sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
+    found = next((o for o in EMPTY if o in options), None)
+    if found or group in FREE or group == "adapter":
+        return found or "[]"
+    one = " (a single one is left out by name: callbacks.samples=null)" if group == "callbacks" else ""
+    raise ConfigError(f"{group}={value}: it cannot be left out{one}. Choose one of {', '.join(options)}.")
+
+
+def drop_leftovers(config: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Takes out of groups that are chosen to be nothing what an experiment or a default had set inside them.
+
+    overrides: the command line; ConfigError where a key that would be dropped was typed there.
+    """
+    nodes = {g: node for g, node in plain(config).items() if g in set(group_names()) - set(NO_NODES)}
+    for group, node in nodes.items():
+        for key in node.keys() - _kept(group, node).keys() if isinstance(node, Mapping) else ():
+            typed = [o for o in overrides if o.lstrip("+").startswith((f"{group}.{key}.", f"{group}.{key}="))]
+            if typed:
+                raise ConfigError(
+                    f"{typed[0]}: nothing is chosen for {group}= that could take it. Choose an option of {group}= too, "
+                    "or leave this out."
+                )
+            with open_dict(config):
+                del config[group][key]
+
+
+def _kept(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    if group in MANY:
+        if "_target_" in node:
+            return dict(node)
+        return {k: v for k, v in node.items() if v is None or (isinstance(v, Mapping) and "_target_" in v)}
+    empty = _empty_option(group)
+    if empty is None or node.get("_target_") != empty.get("_target_"):
+        return dict(node)
+    return {k: v for k, v in node.items() if k in empty}
+
+
+@cache
+def _empty_option(group: str) -> dict[str, Any] | None:
+    """What stands in the group's none.yaml or own.yaml."""
+    files = [conf_dir() / group / f"{option}.yaml" for option in EMPTY]
+    return next((yaml.safe_load(f.read_text(encoding="utf-8")) for f in files if f.is_file()), None)

@@ -1,0 +1,53 @@
+"""What a run will measure, known before it trains, so that a misspelt optimized_metric= is refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ldm.build import build
+from ldm.checkpoints.components import build_components
+from ldm.errors import SweepError, nearest
+from ldm.training.prior import PriorImages
+from ldm.training.run.build import build_module
+
+Names = set[str]
+UNKNOWN = "*"  # among names: something of the user's own measures what cannot be known beforehand
+
+
+def check_optimized(metric: str | None, names: Names) -> None:
+    """SweepError where nothing of this name will be measured."""
+    if metric and metric not in names and UNKNOWN not in names:
+        raise SweepError(unknown_metric(metric, names))
+
+
+def unknown_metric(metric: str, names: Iterable[str]) -> str:
+    """The line for an optimized_metric= that is not among `names`."""
+    known = sorted(set(names) - {UNKNOWN})
+    near = nearest(metric, known)
+    usual = [n for n in known if n.count("/") == 1]
+    shown = "" if near else f" There is {', '.join(usual[:8])}{' ...' if len(known) > 8 else ''}."
+    return f"optimized_metric={metric}: nothing of this name is measured here.{near}{shown}"
+
+
+def of_training(values: Mapping[str, Any]) -> Names:
+    """Names of the scalars of one training run, from the module and the callbacks that log them."""
+    drawn = values["class_shards"] or values["class_prompt"]
+    prior = PriorImages(torch.zeros(1, 2, 1, 1), [""]) if drawn and values["module"] == "latent_diffusion" else None
+    module = build_module(values, build_components(values, device="meta"), prior)
+    names: Names = set()
+    for node in (values["callbacks"] or {}).values():
+        callback = build(node, "callbacks")
+        if hasattr(callback, "logged"):
+            names |= set(callback.logged(module, values["max_steps"]))
+        elif callback is not None and not type(callback).__module__.startswith(("ldm.", "lightning.")):
+            names.add(UNKNOWN)
+    return names
+
+
+def of_evaluation(node: Mapping[str, Any] | None) -> Names:
+    """Names of the scores of task=evaluate, from the metrics that give them."""
+    nodes = [] if not node else [node] if "_target_" in node else list(node.values())
+    return {name for n in nodes if n for name in getattr(build(n, "metric"), "scores", [UNKNOWN])}

@@ -1,0 +1,162 @@
+"""How Lightning sees the processes: as they were started from outside. It never starts any itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from ldm.errors import ConfigError
+from ldm.training.distributed.meeting import Launch, launch
+from ldm.training.distributed.processes import TIMEOUT, group, met
+
+WHOLE = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+TORCHRUN = "torchrun --nproc_per_node=N -m ldm.run ... trainer=ddp"
+
+
+class DataParallel(DDPStrategy):
+    """Every process holds the whole model and a share of each batch.
+
+    timeout: seconds after which a process that does not answer, or does not come to the step in which the others wait,
+        ends the job by name. Longer than whatever one process does alone (pictures, checkpoints).
+    """
+
+    def __init__(
+        self, timeout: float = TIMEOUT, find_unused_parameters: bool = False, gradient_as_bucket_view: bool = True
+    ):
+        super().__init__(
+            timeout=timedelta(seconds=2 * timeout),
+            find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+        )
+
+
+class Launched(ClusterEnvironment):
+    """The processes that torchrun or srun started, any number a host."""
+
+    def __init__(self, here: Launch):
+        super().__init__()
+        self.here = here
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:  # the group is open before Lightning asks (processes.group)
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        return 0
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return self.here.world_size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.here.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.here.local_rank
+
+    def node_rank(self) -> int:
+        return self.here.node
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        pass
+
+
+def timeout_of(trainer: dict[str, Any]) -> float:
+    """Seconds, from a trainer's node."""
+    strategy = trainer.get("strategy")
+    seconds = strategy.get("timeout", TIMEOUT) if isinstance(strategy, dict) else TIMEOUT
+    if not seconds > 0:
+        raise ConfigError(f"trainer.strategy.timeout={seconds}: seconds, more than 0.")
+    return float(seconds)
+
+
+def check_strategy(trainer: dict[str, Any]) -> str:
+    """The strategy's name; ConfigError for one that would start processes itself, or cut the model into pieces."""
+    strategy = trainer.get("strategy", "auto")
+    target = strategy.get("_target_", "") if isinstance(strategy, dict) else ""
+    name = target.rsplit(".", 1)[-1] if target else strategy
+    if name not in (*WHOLE, "DataParallel", "DDPStrategy", "SingleDeviceStrategy"):
+        raise ConfigError(
+            f"trainer.strategy={name}: every process holds the whole model here, and so do averages and checkpoints: "
+            f"strategies that cut it up, or start processes, are not supported. {TORCHRUN}; task=plan says what fits."
+        )
+    return name
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """ConfigError for a trainer that does not fit how the processes were started."""
+    name, here = check_strategy(trainer), launch()
+    if here.world_size > 1:
+        if name == "SingleDeviceStrategy":
+            raise ConfigError(f"trainer.strategy={name} is for one process, not {here.world_size}: trainer=ddp.")
+        return
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if nodes not in (1, "1") or _more_than_one(devices):
+        what = f"trainer.num_nodes={nodes}" if nodes not in (1, "1") else f"trainer.devices={devices}"
+        raise ConfigError(
+            f"{what}: one process was started, and it starts no others. Start them from outside, N a host: {TORCHRUN} "
+            "(or srun); the number of devices is then theirs."
+        )
+
+
+def _more_than_one(devices: Any) -> bool:
+    if devices in (-1, "-1", "auto"):
+        return torch.cuda.device_count() > 1
+    if isinstance(devices, list):
+        return len(devices) > 1
+    text = str(devices)
+    return "," in text.strip(",") or (text.isdigit() and int(text) > 1)
+
+
+def launched(trainer: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """A trainer's node as the processes are, and the plugins that tell Lightning so."""
+    here, meeting, node = launch(), met(), dict(trainer)
+    if meeting is not None:
+        node["devices"], node["num_nodes"] = meeting.local_size, 1 + max(p.node for p in meeting.places)
+        if node.get("strategy", "auto") == "auto":
+            node["strategy"] = {"_target_": f"{DataParallel.__module__}.DataParallel"}
+        on_gpu = node.get("accelerator", "auto") in ("gpu", "cuda") or (
+            node.get("accelerator", "auto") == "auto" and torch.cuda.is_available()
+        )
+        if on_gpu and torch.cuda.device_count() < meeting.local_size:
+            raise ConfigError(
+                f"{meeting.local_size} processes on this host, and it has {torch.cuda.device_count()} GPUs: start "
+                "one a GPU (srun: without --gpus-per-task, so that each sees all), or trainer.accelerator=cpu."
+            )
+    return node, [Launched(here)]
+
+
+@contextmanager
+def opened(trainer: L.Trainer) -> Iterator[None]:
+    """The group that the trainer's strategy needs, of the backend that its device needs."""
+    if not isinstance(trainer.strategy, DDPStrategy):
+        yield
+        return
+    if met() is None:
+        print(f"one process: more are started from outside, {TORCHRUN}", flush=True)
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with group("nccl" if device.type == "cuda" else "gloo"):
+        yield

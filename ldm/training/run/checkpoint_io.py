@@ -1,0 +1,84 @@
+"""Lightning's checkpoint dictionary as a checkpoint folder of ours, and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ldm.checkpoints.folder import Content, State, load_parts, write
+from ldm.errors import ConfigError
+from ldm.formats.files import torch_file
+from ldm.formats.files.open import load
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint dictionary as a checkpoint folder, and back."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, str],  # part -> attribute of the module
+        trained: list[str],
+        config: str,
+        save_tokenizer: Callable[[Path], None] | None = None,
+        previous: Path | None = None,  # newest checkpoint of the run so far
+    ):
+        self.parts, self.trained, self.config = parts, trained, config
+        self.save_tokenizer, self.previous = save_tokenizer, previous
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        state = dict(checkpoint)
+        tensors, averages = state.pop("state_dict"), state.pop("ema", {})
+        content = Content(
+            parts={part: _under(tensors, attribute) for part, attribute in self.parts.items()},
+            averages={p: _under(averages, self.parts[p]) for p in self.trained} if averages else {},
+            state=state,
+            config=self.config,
+            frozen=tuple(p for p in self.parts if p not in self.trained),
+            save_tokenizer=self.save_tokenizer,
+        )
+        write(Path(path), content, state["global_step"], self.previous)
+        self.previous = Path(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
+        folder = Path(path)
+        checkpoint = _read_state(folder / "state.pt")
+        raw = load_parts(folder, weights="raw")
+        checkpoint["state_dict"] = {f"{self.parts[p]}.{k}": v for p, tensors in raw.items() for k, v in tensors.items()}
+        averages = {}
+        for part in self.trained:
+            file = folder / f"{part}.ema.safetensors"
+            if file.is_file():
+                averages.update({f"{self.parts[part]}.{k}": v for k, v in load(file).tensors.items()})
+        if averages:
+            checkpoint["ema"] = averages
+        self.previous = folder
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+_STATE = {  # what Lightning resumes from
+    **dict.fromkeys(("epoch", "global_step"), int),
+    **dict.fromkeys(("loops", "callbacks"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote of a trainer, its tensors in memory of their own. ConfigError for anything else."""
+    state = torch_file.unpickled(path)
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in _STATE.items()):
+        raise ConfigError(f"{path} is no trainer's state: the folder was put together by hand. Use another step.")
+    return tree_map_only(Tensor, Tensor.clone, state)
+
+
+def _under(tensors: State, attribute: str) -> State:
+    prefix = attribute + "."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

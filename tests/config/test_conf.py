@@ -1,0 +1,106 @@
+"""Every YAML binds to its target's signature, every experiment composes, and what cannot be is refused in one line."""
+
+import pytest
+import yaml
+from conf_nodes import CONF, EXPERIMENTS, composed
+from omegaconf import OmegaConf
+
+from ldm.build import build, check_targets
+from ldm.config.check import check, check_node, fits
+from ldm.config.root import Root
+from ldm.errors import ConfigError
+from ldm.run import quoted
+
+GROUPS = sorted(
+    p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("experiment", "debug", "hydra", "local")
+)
+DEBUGS = sorted(p.stem for p in (CONF / "debug").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_binds_to_its_signature(group):
+    for path in sorted((CONF / group).glob("*.yaml")):
+        config = composed(f"{group}={path.stem}", "shards=x", "images=x")
+        node = OmegaConf.to_container(config[group], resolve=True)
+        if node:
+            assert check_node(group, node) == [], path
+            check_targets(node, group)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("debug", [None, *DEBUGS])
+def test_every_experiment_composes_and_checks(experiment, debug):
+    config = composed(f"experiment={experiment}", *([f"debug={debug}"] if debug else []))
+    check(config)
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert text[0] == "# @package _global_" and text[1].startswith("# "), "say what it gives"
+
+
+def test_sampling_tasks_compose_beside_an_experiment():
+    for task in ("sample", "evaluate", "prepare", "encode"):
+        check(composed("experiment=quickstart", f"task={task}"))
+
+
+def test_root_keys_and_groups_do_not_share_names():
+    folders = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"}
+    keys = {n for n, f in Root.__dataclass_fields__.items() if not f.metadata.get("group")}
+    assert not folders & keys
+    assert folders <= set(Root.__dataclass_fields__)
+
+
+def test_each_file_builds_one_class():
+    for path in CONF.glob("*/*.yaml"):
+        assert yaml.safe_load(path.read_text()) is not None, f"{path} is empty: write {{}}"
+        assert "**" not in path.read_text()
+
+
+def test_wrong_values_are_all_named():
+    node = {"_target_": "ldm.diffusion.schedulers.Cosine", "ofset": 0.1, "num_train_timesteps": "many"}
+    problems = " ".join(check_node("scheduler", node))
+    assert "Did you mean 'offset'?" in problems and "scheduler.num_train_timesteps='many': expected int" in problems
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, float, True),
+        (True, int, False),
+        ("1e-3x", float, False),
+        (None, int | None, True),
+        (None, int, False),
+        ([1, 2], tuple[int, ...], True),
+        ([1, "x"], list[int], False),
+        ([0.9, 0.99], tuple[float, float], True),
+        ([0.9], tuple[float, float], False),
+        ({"_target_": "x"}, int, True),
+    ],
+)
+def test_types_of_values(value, hint, expected):
+    assert fits(value, hint) is expected
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "builtins.open", "torch.load", "ldm.build.os.system", "urllib.request.urlretrieve"]
+)
+def test_configurations_build_from_the_allow_list_only(target, tmp_path):
+    with pytest.raises(ConfigError, match=r"outside the packages|no such class"):
+        build({"_target_": target, "command": f"touch {tmp_path}/x"}, "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red star, at the left",
+        "50 % off = now",
+        'it\'s "quoted" and \\backslashed\\',
+        "[brackets] {braces} (parens)",
+        "été, naïve, 画像 🎨",
+        "${env:HOME} costs $5",
+        "trailing backslash \\",
+        "a: b; c|d #hash",
+    ],
+)
+def test_free_text_reaches_the_configuration_unchanged(text):
+    config = composed("task=sample", quoted(f"prompt={text}", multirun=False))
+    assert config.prompt == text

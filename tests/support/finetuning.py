@@ -1,0 +1,52 @@
+"""Short runs that start from somebody's checkpoint, in this process."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image, ImageDraw
+from tiny_training import CONF
+
+from ldm.config.root import register
+from ldm.tasks.train import train
+
+SHORT = [
+    "image_size=64",
+    "batch_size=2",
+    "max_steps=3",
+    "logger=none",
+    "trainer=debug",
+    "callbacks.samples.num_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight captioned pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(8):
+        image = Image.new("RGB", (70 + 9 * i, 90), (30 * i, 120, 220 - 20 * i))
+        ImageDraw.Draw(image).ellipse((12, 8, 48, 60), fill=(250, 20 * i, 10))
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of a very red cat, number {i}")
+    return folder
+
+
+def run(tmp_path, experiment, name, *overrides):
+    """The run directory of an experiment, trained in this process."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = [f"experiment={experiment}", f"outputs={tmp_path}/outputs", f"name={name}", *SHORT, *overrides]
+        train(compose("config", given))
+    return tmp_path / "outputs" / name
+
+
+def getattr_(loaded, part):
+    parts = loaded.parts
+    return {"unet": parts.denoiser.model, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}[part]
+
+
+def same(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(v.nan_to_num(), theirs[k].nan_to_num()) for k, v in ours.items()
+    )
