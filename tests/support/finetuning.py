@@ -1,9 +1,7 @@
 """Short runs that start from somebody's checkpoint, in this process."""
 
-import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from PIL import Image, ImageDraw
 from tiny_training import CONF
 
 from ldm.config.root import register
@@ -17,18 +15,6 @@ SHORT = [
     "trainer=debug",
     "callbacks.samples.num_steps=2",
 ]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Eight captioned pictures of several sizes."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(8):
-        image = Image.new("RGB", (70 + 9 * i, 90), (30 * i, 120, 220 - 20 * i))
-        ImageDraw.Draw(image).ellipse((12, 8, 48, 60), fill=(250, 20 * i, 10))
-        image.save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a photo of a very red cat, number {i}")
-    return folder
 
 
 def run(tmp_path, experiment, name, *overrides):

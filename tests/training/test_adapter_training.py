@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import here, ldm
-from finetuning import getattr_, pictures, run, same  # noqa: F401
+from finetuning import getattr_, run, same
 from PIL import Image
 from tiny_training import Killed, Spy, watched
 
@@ -31,7 +31,7 @@ def draw(pipe, prompt=PROMPT, negative="a <new> dog", **options):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sd1_folder, pictures):  # noqa: F811
+def trained(tmp_path_factory, sd1_folder, pictures):
     folder = tmp_path_factory.mktemp("trained")
     return run(folder, "finetune", "mine", f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, *RATES)
 
@@ -110,7 +110,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spy", [Spy(die_at=("backward", 3)), Signal()], ids=["killed", "interrupted"])
-def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictures, monkeypatch, spy):  # noqa: F811
+def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictures, monkeypatch, spy):
     options = [f"checkpoint={sd1_folder}", f"images={pictures}", SAYS, ALL, *RATES, "max_steps=5", "ema=decay"]
     options += ["callbacks.checkpoints.every_n_steps=2", "adapter.lora.dropout=0.1", "adapter.lora.dora=true"]
     whole = run(tmp_path / "a", "finetune", "mine", *options)
@@ -133,7 +133,7 @@ def test_stopped_it_leaves_files_and_goes_on_exactly(tmp_path, sd1_folder, pictu
 
 
 @pytest.mark.slow
-def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
+def test_going_on_from_an_adapter(trained, tmp_path, pictures):
     """checkpoint=RUN with the same adapters begins where they are; without them it is refused, not forgotten."""
     still = [f"adapter.{name}.lr=0.0" for name in ("lora", "textual_inversion", "hypernetwork")]
     again = run(tmp_path, "finetune", "again", f"checkpoint={trained}", f"images={pictures}", SAYS, ALL, *still)
@@ -149,7 +149,7 @@ def test_going_on_from_an_adapter(trained, tmp_path, pictures):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):  # noqa: F811
+def test_what_cannot_be_is_said(trained, tmp_path, sd1_folder, pictures):
     export, pipe = trained / "export/step-00000003", Pipeline.load(sd1_folder)
     before = draw(pipe, guidance=1.0)
     for path in of_stable_diffusion_2(tmp_path):

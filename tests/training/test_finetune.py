@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetuning import SHORT, getattr_, pictures, run, same  # noqa: F401 (a fixture)
+from finetuning import SHORT, getattr_, run, same
 from PIL import Image
 
 from ldm import Pipeline
