@@ -13,11 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.adapters.adapter import Adapter
 from ldm.build import build
 from ldm.checkpoints.adapters import load_adapters
 from ldm.checkpoints.components import Components
-from ldm.checkpoints.load import Loaded, load_any
+from ldm.checkpoints.load import load_any
 from ldm.checkpoints.sampler import sampling_settings, solver_of
 from ldm.checkpoints.save import save_any
 from ldm.data.transforms import to_rgb
@@ -41,15 +40,11 @@ class Pipeline:
     >>> pipe("a red star", num_steps=20, guidance=2.0, seed=0)[0].save("star.png")
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        config: dict[str, Any],
-        folder: Path,
-        scheduler_config: dict[str, Any] | None = None,  # diffusers', of published checkpoints
-    ):
-        self.sampler, self.config, self.folder, self.scheduler_config = sampler, config, folder, scheduler_config
-        self.adapters: dict[str, Adapter] = {}  # attached, by what they were loaded from
+    def __init__(self, parts: Components):
+        assert parts.denoiser is not None and parts.text_encoder is not None and parts.folder is not None
+        self.parts, self.config, self.folder = parts, parts.config, parts.folder
+        self.scheduler_config, self.adapters = parts.scheduler_config, parts.adapters
+        self.sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
         self._built: dict[str, Any] = {}  # building one from its YAML takes as long as many steps' arithmetic
 
     @classmethod
@@ -59,18 +54,13 @@ class Pipeline:
         config: for single files of other sizes than the published ones, a diffusers folder or a run of the same model.
         ConfigError when it cannot be read or is nothing to sample from.
         """
-        loaded = load_any(path, weights, config)
-        parts = loaded.parts
+        parts = load_any(path, weights, config)
         if parts.denoiser is None or parts.text_encoder is None:
             raise ConfigError(
                 f"{path} is an autoencoder: nothing to sample from. Give a run of module=latent_diffusion, or the "
                 "folder or file of a whole pipeline."
             )
-        parts.for_sampling()
-        sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
-        made = cls(sampler, loaded.config, loaded.folder, loaded.scheduler_config)
-        made.adapters = dict(parts.adapters)
-        return made
+        return cls(parts.for_sampling())
 
     def load_adapter(self, path: str | Path, weight: float = 1.0, token: str | None = None) -> None:
         """Attaches a LoRA, a textual inversion or a hypernetwork: a file in anybody's layout, or a run of ours.
@@ -80,7 +70,7 @@ class Pipeline:
         """
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"weight={weight!r}: must be a number; 1 is the adapter as it was trained.")
-        for adapter in load_adapters(path, self._parts(), weight, token):
+        for adapter in load_adapters(path, self.parts, weight, token):
             name = f"{path}" if f"{path}" not in self.adapters else f"{path} ({len(self.adapters)})"
             self.adapters[name] = adapter
 
@@ -88,7 +78,7 @@ class Pipeline:
         """Takes all adapters off: the base draws again what it drew before."""
         for adapter in self.adapters.values():
             adapter.detach()
-        self.adapters = {}
+        self.adapters.clear()
 
     @property
     def image_size(self) -> int:
@@ -99,7 +89,7 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Moves all modules; noise is drawn on the CPU wherever they are."""
-        self._parts().to(device)
+        self.parts.to(device)
         return self
 
     def __call__(self, prompt: Texts, negative_prompt: Texts = "", **options: Any) -> list[Image.Image]:
@@ -216,11 +206,7 @@ class Pipeline:
 
         LoRAs are worked into its weights. ConfigError for what the format cannot carry, and for a path that exists.
         """
-        save_any(Loaded(self._parts(), self.config, self.folder, self.scheduler_config), path, format, dtype)
-
-    def _parts(self) -> Components:
-        sampler = self.sampler
-        return Components(sampler.autoencoder, sampler.denoiser, sampler.text_encoder, self.adapters)
+        save_any(self.parts, path, format, dtype)
 
     def _complete(self, guider: Guider, text: Prompts, prompts: list[str]) -> Guider:
         """Autoguidance gets the second model that it names."""

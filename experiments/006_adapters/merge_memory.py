@@ -29,12 +29,10 @@ RANK = 16
 def make(folder: Path, width: int, seed: int) -> None:
     """One model in every layout."""
     from ldm.checkpoints.components import build_components
-    from ldm.checkpoints.load import Loaded
     from ldm.checkpoints.save import save_states
     from ldm.text.tokenizer import build_tokenizer
 
     config = {
-        "module": "latent_diffusion",
         "image_size": 512,
         "model": {"_target_": "ldm.models.unet.UNet", "block_channels": [width, 2 * width, 4 * width, 4 * width]},
         "autoencoder": {"_target_": "ldm.autoencoders.kl.AutoencoderKL", "block_channels": [32, 64, 64, 64]},
@@ -52,9 +50,8 @@ def make(folder: Path, width: int, seed: int) -> None:
     generator.manual_seed(0)  # one autoencoder for all
     states["vae"] = {k: torch.rand(v.shape, generator=generator) for k, v in states["vae"].items()}
     states["vae"] |= {"latents.mean": torch.zeros(4), "latents.scale": torch.full((4,), 1 / 0.18215)}
-    model = Loaded(parts, config, folder)
     for format, name in LAYOUTS.items():
-        save_states(model, states, folder / name.format(seed), format)
+        save_states(parts, states, folder / name.format(seed), format)
     largest = max(v.nbytes for state in states.values() for v in state.values())
     (folder / "largest.json").write_text(json.dumps(largest / MIB))
 

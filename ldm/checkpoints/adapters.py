@@ -11,8 +11,9 @@ from ldm.adapters.hypernetwork import Hypernetwork
 from ldm.adapters.lora import LoRA
 from ldm.adapters.textual_inversion import TextualInversion
 from ldm.build import build
-from ldm.checkpoints.components import Components, load_state, load_trained
+from ldm.checkpoints.components import Components, load_state
 from ldm.checkpoints.folder import State, find, load_parts, read_config
+from ldm.checkpoints.load import load_any
 from ldm.errors import ConfigError, NotFinite
 from ldm.formats.adapters import adapter_kind, read_adapter, write_adapter
 from ldm.formats.kinds import is_ours
@@ -105,8 +106,8 @@ def convert_adapter(path: str | Path, output: Path, format: str, dtype: str = "f
     if is_adapter(path):
         contents = [read_adapter(path)]
     else:
-        trained, _, _ = load_trained(path, weights)
-        contents = [adapter.content() for adapter in trained.adapters.values() if format in adapter.formats]
+        adapters = load_any(path, weights).adapters
+        contents = [adapter.content() for adapter in adapters.values() if format in adapter.formats]
     if len(contents) != 1:
         raise ConfigError(
             f"checkpoint={path} has {len(contents)} adapters that could be format={format}: give the file of one of "

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.folder import DIFFUSION_NODES, State
-from ldm.checkpoints.load import Stored
+from ldm.checkpoints.folder import DIFFUSION_NODES
 from ldm.config.check import locate
 from ldm.errors import ConfigError
+from ldm.formats.content import State, Stored
 from ldm.formats.match import ASIDE, match
 from ldm.text.tokenizer import load_tokenizer
 

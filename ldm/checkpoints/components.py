@@ -15,7 +15,7 @@ from ldm.adapters.adapter import Adapter
 from ldm.adapters.textual_inversion import TextualInversion
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
-from ldm.checkpoints.folder import State, find, load_parts, read_config
+from ldm.checkpoints.folder import State
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
 from ldm.formats.files import bounded
@@ -28,12 +28,18 @@ Config = Mapping[str, Any]
 
 @dataclass
 class Components:
-    """What sampling needs. An autoencoder alone has neither denoiser nor text encoder."""
+    """A model in memory: its modules, the configuration that builds them, and where they come from.
+
+    An autoencoder alone has neither denoiser nor text encoder.
+    """
 
     autoencoder: Autoencoder
     denoiser: Denoiser | None = None
     text_encoder: TextEncoder | None = None
-    adapters: dict[str, Adapter] = field(default_factory=dict)  # by the name of their node; attached
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # attached; by their node's name or their path
+    config: dict[str, Any] = field(default_factory=dict, repr=False)  # resolved
+    folder: Path | None = None  # the checkpoint folder of a run of ours, else the path that was given; None: fresh
+    scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json, where there is one
 
     @property
     def network(self) -> nn.Module:
@@ -68,16 +74,19 @@ def task_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_components(config: Config, tokenizer: Path | None = None, device: str = "cpu") -> Components:
+def build_components(
+    config: Config, tokenizer: Path | None = None, device: str = "cpu", whole: bool = True
+) -> Components:
     """Modules with fresh weights from a resolved configuration; combinations that cannot work are refused.
 
+    whole: all of them, or the autoencoder alone, whatever else the configuration says (`is_whole`).
     device="meta" allocates nothing: what cannot be built is found out before anything is read or written.
     """
     with torch.device(device):
         # Convolutions take this layout as it is: 0.87 of the time of a step of the quickstart's U-Net on a CPU.
         autoencoder = build(config["autoencoder"], "autoencoder").to(memory_format=torch.channels_last)
-    if config["module"] == "autoencoder":
-        return Components(autoencoder)
+    if not whole:
+        return Components(autoencoder, config=dict(config))
     scheduler = build(config["scheduler"], "scheduler")
     parameterization = build(config["parameterization"], "parameterization")
     parameterization.check(scheduler)
@@ -88,7 +97,7 @@ def build_components(config: Config, tokenizer: Path | None = None, device: str 
     with torch.device(device):
         model = build(config["model"], "model").to(memory_format=torch.channels_last)
     _check_widths(config["model"], model, text_encoder, len(autoencoder.latents.mean))
-    return Components(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder)
+    return Components(autoencoder, Denoiser(model, scheduler, parameterization), text_encoder, config=dict(config))
 
 
 def _check_widths(node: Config, model: nn.Module, text_encoder: TextEncoder, latent_channels: int) -> None:
@@ -142,6 +151,11 @@ def _check_fill(module: nn.Module, state: State, part: str, source: Path) -> Non
         )
 
 
+def is_whole(states: Mapping[str, State]) -> bool:
+    """Whether tensors are of a whole model (one that lacks a part, too), or of an autoencoder alone."""
+    return "unet" in states or "text_encoder" in states
+
+
 def check_stored(config: Config, states: Mapping[str, State], source: Path) -> None:
     """ConfigError where a checkpoint's tensors do not fill what its configuration describes, before memory is taken."""
     where = f"{source}: its configuration"
@@ -150,7 +164,7 @@ def check_stored(config: Config, states: Mapping[str, State], source: Path) -> N
     if config.get("image_size") is not None:
         whole(config["image_size"], "image_size", where, most=2**12)
     with bounded.building(where):
-        modules = build_components(config, device="meta").modules()
+        modules = build_components(config, device="meta", whole=is_whole(states)).modules()
     missing = sorted(modules.keys() - states.keys())
     if missing:
         raise ConfigError(
@@ -213,9 +227,9 @@ def attach_adapters(config: Config, parts: Components, states: Mapping[str, Stat
         parts.adapters[name] = adapter
 
 
-def check_builds(config: Config) -> None:
+def check_builds(config: Config, whole: bool = True) -> None:
     """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files."""
-    parts = build_components(config, device="meta")
+    parts = build_components(config, device="meta", whole=whole)
     for name, node in (config.get("adapter") or {}).items():
         adapter = build(node, f"adapter.{name}")
         if parts.denoiser is None or parts.text_encoder is None:
@@ -224,19 +238,6 @@ def check_builds(config: Config) -> None:
             adapter.readable(parts.text_encoder)
         else:
             adapter.attach(parts.network, parts.text_encoder)
-
-
-def load_trained(checkpoint: str | Path, weights: str = "ema") -> tuple[Components, dict[str, Any], Path]:
-    """Everything in a checkpoint folder (or the newest one of a run): parts, its configuration, the folder."""
-    folder = find(checkpoint)
-    config = read_config(folder)
-    tokenizer = folder / "tokenizer"
-    states = load_parts(folder, weights)
-    check_stored(config, states, folder)
-    parts = build_components(config, tokenizer if tokenizer.is_dir() else None)
-    load_states(parts, states, folder)
-    attach_adapters(config, parts, states, folder)
-    return parts, config, folder
 
 
 def load_states(parts: Components, states: dict[str, State], folder: Path) -> None:

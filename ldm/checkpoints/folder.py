@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
+from ldm.formats.content import State
 from ldm.formats.files.open import load
 from ldm.formats.files.store import save_tensors
 from ldm.untrusted import read_json, shown, whole
@@ -27,7 +27,7 @@ from ldm.untrusted import read_json, shown, whole
 FORMAT = 1
 # The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
 DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
-State = dict[str, Tensor]
+_MODULES = ("autoencoder", "latent_diffusion")
 
 
 def folder_name(step: int) -> str:
@@ -95,12 +95,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration that a checkpoint folder's modules are rebuilt from, judged: it may be somebody else's."""
     source = folder / "config.yaml"
     config = read_allowed(source)
-    module = config.get("module")
-    if module not in ("autoencoder", "latent_diffusion"):
+    module = config.get("module")  # a name in old runs, a node in new ones; converted models have none
+    if not (module is None or isinstance(module, dict) or module in _MODULES):
         raise ConfigError(f"{source}: module is {shown(module)}, and it is autoencoder or latent_diffusion.")
-    missing = [k for k in (DIFFUSION_NODES if module == "latent_diffusion" else ("autoencoder",)) if not config.get(k)]
+    whole = (folder / "unet.safetensors").is_file()
+    missing = [k for k in (DIFFUSION_NODES if whole else ("autoencoder",)) if not config.get(k)]
     if missing:
-        raise ConfigError(f"{source} has no {missing[0]}, which module={module} is rebuilt from.")
+        raise ConfigError(f"{source} has no {missing[0]}, which module={_MODULES[whole]} is rebuilt from.")
     return config
 
 

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm.allowed import only_allowed, refuse_nodes
-from ldm.checkpoints.components import Components, attach_adapters, build_components, check_stored, load_states
-from ldm.checkpoints.folder import DIFFUSION_NODES, State, find, load_parts, read_config
+from ldm.checkpoints.components import (
+    Components,
+    attach_adapters,
+    build_components,
+    check_stored,
+    is_whole,
+    load_states,
+)
+from ldm.checkpoints.folder import DIFFUSION_NODES, find, load_parts, read_config
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
-
-
-@dataclass
-class Loaded:
-    """Modules with their weights, the configuration that builds them, and where they come from."""
-
-    parts: Components
-    config: dict[str, Any]
-    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
-    scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json, where there is one
-
-
-@dataclass
-class Stored:
-    """A checkpoint whose tensors are still in its files (mapped), and no module is built."""
-
-    states: dict[str, State]  # "unet", "vae", "text_encoder", in our names, as they are stored
-    config: dict[str, Any]  # the nodes that build it, and `module`
-    folder: Path  # the checkpoint folder of a run of ours, else the path that was given
-    scheduler_config: dict[str, Any] | None = None
-    tokenizer: Path | None = None
-    keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files
+from ldm.formats.content import Stored
 
 
 def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None, whole: bool = True) -> Stored:
@@ -50,28 +36,21 @@ def open_any(path: str | Path, weights: str = "ema", config: str | Path | None =
         tokenizer = words if words.is_dir() else None
         states = load_parts(folder, weights)
         check_stored(saved, states, folder)
-        return Stored(states, saved, folder, saved.get("scheduler_config"), tokenizer)
+        return Stored(saved, states, saved.get("scheduler_config"), tokenizer, folder)
     checkpoint = foreign.read_stored(path, config, weights)
     if whole and set(checkpoint.states) != {"vae"}:
         _complete(checkpoint, path, config, weights)
-    nodes = {"module": "latent_diffusion" if "unet" in checkpoint.states else "autoencoder", **checkpoint.config}
+    nodes = dict(checkpoint.config)
     if checkpoint.scheduler_config is not None:
         refuse_nodes(checkpoint.scheduler_config, path)
         nodes |= schedulers.nodes(checkpoint.scheduler_config)
-    return Stored(
-        checkpoint.states,
-        only_allowed(nodes, path),
-        path,
-        checkpoint.scheduler_config,
-        checkpoint.tokenizer,
-        checkpoint.keep,
-    )
+    return replace(checkpoint, config=only_allowed(nodes, path), folder=path)
 
 
 _CALLED = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
 
 
-def _complete(checkpoint: foreign.Checkpoint, path: Path, config: str | Path | None, weights: str) -> None:
+def _complete(checkpoint: Stored, path: Path, config: str | Path | None, weights: str) -> None:
     """Takes the parts that a checkpoint lacks from config=. ConfigError that names those which are nowhere."""
     missing = [part for part in foreign.PARTS if part not in checkpoint.states]
     if not missing:
@@ -107,24 +86,33 @@ def run_or_folder(place: Path) -> Path:
     return place.parent if place.is_file() and place.suffix in (".yaml", ".yml") else place
 
 
-def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Loaded:
-    """Parts of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
+def load_any(path: str | Path, weights: str = "ema", config: str | Path | None = None) -> Components:
+    """Modules of a checkpoint in anybody's layout. ConfigError says what is wrong with it."""
     stored = open_any(path, weights, config)
-    parts = build_components(stored.config, stored.tokenizer)
+    assert stored.folder is not None
+    parts = built(stored)
     load_states(parts, stored.states, stored.folder)
     attach_adapters(stored.config, parts, stored.states, stored.folder)
-    return Loaded(parts, stored.config, stored.folder, stored.scheduler_config)
+    return parts
+
+
+def built(stored: Stored, device: str = "cpu") -> Components:
+    """The modules of a checkpoint, its tensors not yet in them; device="meta": without memory."""
+    parts = build_components(stored.config, stored.tokenizer, device, is_whole(stored.states))
+    parts.folder, parts.scheduler_config = stored.folder, stored.scheduler_config
+    return parts
 
 
 def adopted(folder: Path) -> dict[str, Any]:
     """The nodes that a run takes over from a checkpoint folder of ours, so that its parts fit as they are."""
     saved = read_config(folder)
-    missing = [k for k in DIFFUSION_NODES if k not in saved]
+    states = load_parts(folder)
+    missing = [k for k in DIFFUSION_NODES if k not in saved or not is_whole(states)]
     if missing:
         raise ConfigError(
             f"checkpoint={folder} is no latent diffusion model (it has no {missing[0]}): adopt=true needs a whole one."
         )
-    check_stored(saved, load_parts(folder), folder)
+    check_stored(saved, states, folder)
     nodes = {k: dict(saved[k]) for k in DIFFUSION_NODES}
     for node in nodes.values():
         if "pretrained" in node:

@@ -20,13 +20,14 @@ from ldm.adapters.lora import LoRA
 from ldm.adapters.merging import add_difference, combined, extracted, weighted_sum, with_lora
 from ldm.checkpoints.adapters import is_adapter, weight_names
 from ldm.checkpoints.compatibility import check_compatible
-from ldm.checkpoints.components import build_components
+from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import State
-from ldm.checkpoints.load import Loaded, Stored, open_any
+from ldm.checkpoints.load import built, open_any
 from ldm.checkpoints.save import check_carries, check_target, save_states
 from ldm.errors import ConfigError, NotFinite
 from ldm.formats import checkpoint as foreign
 from ldm.formats.adapters import read_adapter, write_adapter
+from ldm.formats.content import Stored
 from ldm.formats.files.open import page_out
 from ldm.formats.files.store import cast, finite
 
@@ -73,7 +74,7 @@ def merge(
         check_target(target, format, dtype)
         given_models = checkpoints[:1] if method == "lora" else checkpoints
         opened, model = _opened(given_models, weights, config, widens=method == "add_difference")
-        names = weight_names(model.parts)
+        names = weight_names(model)
         added = [_read_lora(path, names) for path in checkpoints[1:]] if method == "lora" else []
         model.config["merge"] = recipe
         check_carries(model, format)
@@ -230,7 +231,7 @@ def _check_lora_target(target: Path, format: str | None, dtype: str) -> None:
 
 def _opened(
     checkpoints: Sequence[str | Path], weights: str, config: str | Path | None, widens: bool = False
-) -> tuple[list[Stored], Loaded]:
+) -> tuple[list[Stored], Components]:
     """The checkpoints, once they agree, and the model that they are of, without numbers.
 
     widens: the first may have more input channels (a model that repaints). A warning where their autoencoders differ.
@@ -243,8 +244,7 @@ def _opened(
                 "export/, with method=lora."
             )
     first = opened[0]
-    parts = build_components(first.config, first.tokenizer, device="meta")
-    model = Loaded(parts, dict(first.config), first.folder, first.scheduler_config)
+    model = built(first, device="meta")
     shapes = _shapes(model)
     for stored in opened:
         check_compatible(first, stored, shapes, widens)
@@ -271,8 +271,8 @@ def _same(name: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
     return same
 
 
-def _shapes(model: Loaded) -> dict[str, State]:
-    return {part: dict(module.state_dict()) for part, module in model.parts.modules().items()}
+def _shapes(model: Components) -> dict[str, State]:
+    return {part: dict(module.state_dict()) for part, module in model.modules().items()}
 
 
 def _merged_parts(opened: Sequence[Stored]) -> list[str]:
@@ -289,7 +289,7 @@ def _extract(checkpoints: Sequence[str | Path], rank: int | None, weights: str, 
     base, tuned = opened
     if "unet" not in base.states:
         raise ConfigError(f"{base.folder} is an autoencoder: LoRAs are for networks and text encoders.")
-    modules = model.parts.modules()
+    modules = model.modules()
     layers = {part: _linear_maps(modules[part]) for part in _merged_parts(opened)}
     largest = max(min(m.weight.shape[0], m.weight[0].numel()) for maps in layers.values() for m in maps.values())
     if rank > largest:

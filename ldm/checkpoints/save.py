@@ -14,49 +14,49 @@ import yaml
 from ldm.checkpoints.adapters import merged_states
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import Content, State, write
-from ldm.checkpoints.load import Loaded
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
+from ldm.formats.content import Stored
 
 FORMATS = ("ldm", *foreign.FORMATS)
 
 
-def save_any(loaded: Loaded, path: str | Path, format: str, dtype: str = "float32") -> None:
+def save_any(parts: Components, path: str | Path, format: str, dtype: str = "float32") -> None:
     """Writes "ldm" (a checkpoint folder of ours), "diffusers" (a folder) or "compvis" (one .safetensors or .ckpt).
 
     LoRAs are worked into the weights. ConfigError for what the format cannot carry, and for a path that exists or
     cannot be written.
     """
-    base = replace(loaded, config={k: v for k, v in loaded.config.items() if k != "adapter"})
-    save_states(base, merged_states(loaded.parts), path, format, dtype)
+    base = replace(parts, config={k: v for k, v in parts.config.items() if k != "adapter"})
+    save_states(base, merged_states(parts), path, format, dtype)
 
 
 def save_states(
-    loaded: Loaded, states: dict[str, State], path: str | Path, format: str, dtype: str = "float32"
+    parts: Components, states: dict[str, State], path: str | Path, format: str, dtype: str = "float32"
 ) -> None:
     """`save_any` with other tensors than the modules', which may be on the meta device."""
     path = Path(path)
     check_target(path, format, dtype)
     try:
         if format == "ldm":
-            text = yaml.safe_dump({**loaded.config, "scheduler_config": loaded.scheduler_config}, sort_keys=False)
-            encoder = loaded.parts.text_encoder
+            text = yaml.safe_dump({**parts.config, "scheduler_config": parts.scheduler_config}, sort_keys=False)
+            encoder = parts.text_encoder
             save_tokenizer = None if encoder is None else encoder.save_tokenizer
             write(path, Content(states, {}, {"global_step": 0}, text, (), save_tokenizer), step=0)
         else:
-            with _tokenizer(loaded.parts) as words:
-                foreign.write(_described(loaded, states, words), path, format, dtype)
+            with _tokenizer(parts) as words:
+                foreign.write(_described(parts, states, words), path, format, dtype)
     except OSError as error:
         raise ConfigError(f"output={path}: cannot be written ({error.strerror or error}).") from error
 
 
-def check_carries(loaded: Loaded, format: str) -> None:
+def check_carries(parts: Components, format: str) -> None:
     """ConfigError that names what the format cannot carry; the modules may be on the meta device."""
     if format != "ldm":
-        states = {k: dict(v.state_dict()) for k, v in loaded.parts.modules().items()}
-        with _tokenizer(loaded.parts) as words:
-            foreign.check(_described(loaded, states, words), format)
+        states = {k: dict(v.state_dict()) for k, v in parts.modules().items()}
+        with _tokenizer(parts) as words:
+            foreign.check(_described(parts, states, words), format)
 
 
 def check_target(path: Path, format: str, dtype: str = "float32") -> None:
@@ -82,12 +82,12 @@ def _tokenizer(parts: Components) -> Iterator[Path | None]:
             yield Path(folder)
 
 
-def _described(loaded: Loaded, states: dict[str, State], words: Path | None) -> foreign.Checkpoint:
+def _described(parts: Components, states: dict[str, State], words: Path | None) -> Stored:
     """The model as other programs' formats take it."""
-    config, described = loaded.config, loaded.scheduler_config
+    config, described = parts.config, parts.scheduler_config
     if described is None and "scheduler" in config:
         described = schedulers.scheduler_config(config["scheduler"], config["parameterization"])
     nodes: dict[str, Any] = {
         k: config[k] for k in ("model", "autoencoder", "text_encoder", "image_size") if k in config
     }
-    return foreign.Checkpoint(nodes, states, described, words)
+    return Stored(nodes, states, described, words)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats import kinds, published, run_config
-from ldm.formats.content import PARTS, Checkpoint
+from ldm.formats.content import PARTS, Stored
 from ldm.formats.diffusers import folder as diffusers_folder
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.files import hub
@@ -25,7 +25,7 @@ from ldm.formats.single import metadata as single_metadata
 from ldm.untrusted import interpreted
 from ldm.untrusted import place as what_is_at
 
-__all__ = ["DTYPES", "FORMATS", "PARTS", "Checkpoint", "check", "kind", "read", "read_stored", "write"]
+__all__ = ["DTYPES", "FORMATS", "PARTS", "Stored", "check", "kind", "read", "read_stored", "write"]
 
 FORMATS = ("diffusers", "compvis")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,14 +37,14 @@ def kind(path: str | Path) -> Kind:
         return kinds.of_path(_located(path))
 
 
-def read(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
+def read(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Stored:
     """A checkpoint of another program (or a single file of ours) in our names, float32, complete or refused."""
     checkpoint = read_stored(path, config, weights)
     checkpoint.states = {part: {k: float32(v) for k, v in s.items()} for part, s in checkpoint.states.items()}
     return checkpoint
 
 
-def read_stored(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Checkpoint:
+def read_stored(path: str | Path, config: str | Path | None = None, weights: str = "ema") -> Stored:
     """The same with its tensors as the files hold them: mapped, so that they take memory when they are touched.
 
     A file, or a part's folder, may hold some parts only: then the others are missing in what is given back.
@@ -60,7 +60,7 @@ def read_stored(path: str | Path, config: str | Path | None = None, weights: str
         return _read_stored(path, config, weights)
 
 
-def _read_stored(path: str | Path, config: str | Path | None, weights: str) -> Checkpoint:
+def _read_stored(path: str | Path, config: str | Path | None, weights: str) -> Stored:
     place = _located(path)
     if place.is_dir():
         if kinds.of_path(place) == "ldm":
@@ -80,7 +80,7 @@ def _read_stored(path: str | Path, config: str | Path | None, weights: str) -> C
     return checkpoint
 
 
-def write(checkpoint: Checkpoint, path: str | Path, format: str, dtype: str = "float32") -> None:
+def write(checkpoint: Stored, path: str | Path, format: str, dtype: str = "float32") -> None:
     """Writes a checkpoint as "diffusers" (a folder) or "compvis" (one .safetensors or .ckpt file), whole or not at all.
 
     What the format cannot carry is refused by name before anything is written, and so is a path that exists.
@@ -100,7 +100,7 @@ def write(checkpoint: Checkpoint, path: str | Path, format: str, dtype: str = "f
         _write_compvis(checkpoint, path, DTYPES[dtype])
 
 
-def _write_compvis(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> None:
+def _write_compvis(checkpoint: Stored, path: Path, dtype: torch.dtype) -> None:
     if path.suffix not in (".safetensors", ".ckpt"):
         raise ConfigError(f"output={path}: a single file is a .safetensors or a .ckpt, so give it one of these ends.")
     step = _marked_step(checkpoint)
@@ -123,7 +123,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _marked_step(checkpoint: Checkpoint) -> int | None:
+def _marked_step(checkpoint: Stored) -> int | None:
     """The one mark by which readers of a .ckpt tell an eps model of Stable Diffusion 2's shape from a v model."""
     model, schedule = checkpoint.config.get("model"), checkpoint.scheduler_config
     if model is None or schedule is None or not settings(model, "unet")["linear_projection"]:
@@ -131,7 +131,7 @@ def _marked_step(checkpoint: Checkpoint) -> int | None:
     return published.BASE_STEP if schedule.get("prediction_type", "epsilon") == "epsilon" else 0
 
 
-def check(checkpoint: Checkpoint, format: str) -> None:
+def check(checkpoint: Stored, format: str) -> None:
     """ConfigError that names what the format cannot carry, and one that can. Of the tensors it looks at shapes only."""
     for part, key in PARTS.items():
         node = checkpoint.config.get(key)
@@ -167,7 +167,7 @@ def check(checkpoint: Checkpoint, format: str) -> None:
         _check_compvis(checkpoint, model["mid_attention"])
 
 
-def _check_compvis(checkpoint: Checkpoint, mid_attention: bool) -> None:
+def _check_compvis(checkpoint: Stored, mid_attention: bool) -> None:
     text = settings(checkpoint.config["text_encoder"], "text_encoder")
     if not mid_attention:
         raise ConfigError("format=compvis cannot carry model.mid_attention=false. Use format=diffusers.")
@@ -204,7 +204,7 @@ def _given(config: str | Path | None, said: Described | None) -> Described | Non
     return Described(found.checkpoint, said.scaling, said.shift) if said else found
 
 
-def _published_words(checkpoint: Checkpoint) -> Path | None:
+def _published_words(checkpoint: Stored) -> Path | None:
     """CLIP's published tokenizer, for files that read captions with it; None where it cannot be had now."""
     if checkpoint.config["text_encoder"]["vocab_size"] != published.VOCABULARY:
         return None

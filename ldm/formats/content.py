@@ -14,9 +14,10 @@ PARTS = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"} 
 
 
 @dataclass
-class Checkpoint:
-    """A model in our names: nodes that build it, tensors that fill it, and what goes with them.
+class Stored:
+    """A model in our names: nodes that build it, tensors that fill it, and what goes with them; no module is built.
 
+    Its tensors may still be in their files (mapped), read when they are touched.
     A file may hold some parts only: then the others are in neither `config` nor `states`.
     """
 
@@ -24,4 +25,5 @@ class Checkpoint:
     states: dict[str, State]  # "unet", "vae" (with `latents.*`), "text_encoder": as stored
     scheduler_config: dict[str, Any] | None = None  # diffusers' scheduler_config.json as it stands
     tokenizer: Path | None = None  # folder
+    folder: Path | None = None  # the checkpoint folder of a run of ours, else the path that was given
     keep: list[Any] = field(default_factory=list, repr=False)  # what must live as long: a folder of unpacked files

@@ -8,7 +8,7 @@ from typing import Any
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.formats import published, schedulers
-from ldm.formats.content import PARTS, Checkpoint
+from ldm.formats.content import PARTS, Stored
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.match import architecture, carries
 
@@ -27,7 +27,10 @@ def describe(file: Path) -> Described:
     found = read_allowed(file)
     if not found.get("autoencoder"):
         raise ConfigError(f"config={file} has no autoencoder: give the config.yaml of a run, or a diffusers folder.")
-    parts = PARTS if found.get("module", "latent_diffusion") == "latent_diffusion" else {"vae": "autoencoder"}
+    folders = [file.parent, *sorted(file.parent.glob("checkpoints/step-*"))]
+    held = {part for part in PARTS for folder in folders if (folder / f"{part}.safetensors").is_file()}
+    alone = "unet" not in held if held else not found.get("model")  # runs of autoencoders may describe networks too
+    parts = {"vae": "autoencoder"} if alone else PARTS
     nodes: dict[str, Any] = {}
     for part, key in parts.items():
         node = found.get(key) or {}
@@ -48,6 +51,5 @@ def describe(file: Path) -> Described:
                 "comes from, or its checkpoint folder as checkpoint=."
             )
     # A run keeps its words in its checkpoints, all the same ones; a checkpoint folder beside its own config.yaml.
-    words = [file.parent / "tokenizer", *sorted(file.parent.glob("checkpoints/step-*/tokenizer"))]
-    tokenizer = next((folder for folder in reversed(words) if folder.is_dir()), None)
-    return Described(Checkpoint(nodes, {}, schedule, tokenizer), published.SCALING)
+    tokenizer = next((words for folder in reversed(folders) if (words := folder / "tokenizer").is_dir()), None)
+    return Described(Stored(nodes, {}, schedule, tokenizer), published.SCALING)

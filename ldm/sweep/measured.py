@@ -35,8 +35,9 @@ def unknown_metric(metric: str, names: Iterable[str]) -> str:
 def of_training(values: Mapping[str, Any]) -> Names:
     """Names of the scalars of one training run, from the module and the callbacks that log them."""
     drawn = values["class_shards"] or values["class_prompt"]
-    prior = PriorImages(torch.zeros(1, 2, 1, 1), [""]) if drawn and values["module"] == "latent_diffusion" else None
-    module = build_module(values, build_components(values, device="meta"), prior)
+    whole = values["module"] == "latent_diffusion"
+    prior = PriorImages(torch.zeros(1, 2, 1, 1), [""]) if drawn and whole else None
+    module = build_module(values, build_components(values, device="meta", whole=whole), prior)
     names: Names = set()
     for node in (values["callbacks"] or {}).values():
         callback = build(node, "callbacks")

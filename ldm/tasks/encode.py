@@ -12,8 +12,9 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.autoencoders.kl import Autoencoder
-from ldm.checkpoints.components import load_trained, task_device
+from ldm.checkpoints.components import task_device
 from ldm.checkpoints.folder import read_manifest, take_parts
+from ldm.checkpoints.load import load_any
 from ldm.checkpoints.stages import to_native
 from ldm.config.check import check
 from ldm.config.root import digest, plain
@@ -46,7 +47,9 @@ def encode_shards(config: dict[str, Any], output: Path | None = None) -> Written
     """
     if not config["checkpoint"] or not config["shards"]:
         raise ConfigError("task=encode needs shards=PATH (of images) and checkpoint=RUN (a trained autoencoder).")
-    parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
+    parts = load_any(config["checkpoint"], config["weights"])
+    trained, folder = parts.config, parts.folder
+    assert folder is not None
     autoencoder = parts.for_sampling().to(task_device()).autoencoder
     autoencoder.latents.require_measured()
     fraction, flip = config["data"]["validation_fraction"], config["data"]["flip"]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
-from ldm.checkpoints.components import load_trained, task_device
+from ldm.checkpoints.components import task_device
 from ldm.checkpoints.folder import run_of
+from ldm.checkpoints.load import load_any
 from ldm.checkpoints.sampler import sampling_settings
 from ldm.checkpoints.stages import to_native
 from ldm.config.check import check
@@ -30,7 +31,6 @@ from ldm.errors import ConfigError
 from ldm.metrics.evaluation import Drawn, Evaluation, Scored
 from ldm.pictures import grid
 from ldm.pipeline import Pipeline
-from ldm.sampling import Sampler
 from ldm.sweep.measured import check_optimized, of_evaluation
 from ldm.training.autoencoder import to_unit
 from ldm.training.run.directory import read_json, write_json
@@ -61,7 +61,9 @@ def evaluate(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
 
 def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     """Scores of a checkpoint; an evaluation that is already there for the same checkpoint and request is read."""
-    parts, trained, folder = load_trained(config["checkpoint"], config["weights"])
+    parts = load_any(config["checkpoint"], config["weights"])
+    trained, folder = parts.config, parts.folder
+    assert folder is not None
     output = Path(config["output"]) if config["output"] else run_of(folder) / f"evaluation-{config['weights']}"
     asked = {**{k: config[k] for k in ("seed", "metric", "weights")}, **sampling_settings(config, trained)}
     data, source = trained.get("data") or {}, f"{folder / 'config.yaml'}"
@@ -89,10 +91,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
         raise ConfigError(f"neither {source} nor {shards} says how large the pictures are: prepare the data again.")
     output.mkdir(parents=True, exist_ok=True)
     parts.for_sampling().to(task_device())
-    pipe = None
-    if parts.denoiser is not None and parts.text_encoder is not None:
-        sampler = Sampler(parts.denoiser, parts.autoencoder, parts.text_encoder)
-        pipe = Pipeline(sampler, trained, folder, trained.get("scheduler_config"))
+    pipe = None if parts.denoiser is None else Pipeline(parts)
     result = scores(metrics, _evaluation(pipe, parts.autoencoder, images, size, asked, output))
     strange = {k: v for k, v in result.items() if not math.isfinite(v)}
     if strange:

@@ -67,7 +67,7 @@ def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
     start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
-    check_builds(plain(config))
+    check_builds(plain(config), config.module == "latent_diffusion")
     if config.optimized_metric:
         check_optimized(config.optimized_metric, of_training(plain(config)))
     return _trained(config, plain(config), arm).metrics
@@ -135,9 +135,9 @@ def _export(config: DictConfig, checkpoint: Path) -> None:
     try:
         if not target.exists():
             loaded = load_any(checkpoint)
-            if loaded.parts.adapters:
+            if loaded.adapters:
                 with atomic_write(target) as part:
-                    save_adapters(loaded.parts.adapters, part, run.name)
+                    save_adapters(loaded.adapters, part, run.name)
             else:
                 save_any(loaded, target, config.export)
         for older in set(target.parent.glob("step-*")) - {target}:

@@ -12,8 +12,9 @@ from torch import Tensor
 import ldm.autoencoders.vq as vq
 from ldm.autoencoders.latents import LatentSpace, Point
 from ldm.autoencoders.vq import VQModel
-from ldm.checkpoints.components import build_components, load_trained
+from ldm.checkpoints.components import build_components
 from ldm.checkpoints.folder import all_folders
+from ldm.checkpoints.load import load_any
 from ldm.checkpoints.pretrained import load_autoencoder
 from ldm.errors import ConfigError
 from ldm.tasks.encode import encode_shards
@@ -155,7 +156,7 @@ def test_a_run_learns_resumes_exactly_and_its_latents_are_diffused(tmp_path, mon
 
     # z is cached, C numbers a pixel, and diffusion trains on it in the autoencoder's one scale.
     written = encode_shards(config(f"shards={shards}", f"checkpoint={whole.path}"), tmp_path / "vq_latents")
-    parts, _, _ = load_trained(whole.path)
+    parts = load_any(whole.path)
     assert parts.autoencoder.latents.scale.unique().numel() == 1
     with pytest.raises(ConfigError, match=r"set \+model\.in_channels=3"):
         build_components(config("autoencoder=vq_tiny"), device="meta")

@@ -16,7 +16,6 @@ from ldm.adapters.content import Lora, LowRank
 from ldm.adapters.merging import combined, extracted, weighted_sum, with_lora
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import Content, write
-from ldm.checkpoints.load import Loaded
 from ldm.checkpoints.save import save_any
 from ldm.errors import ConfigError
 from ldm.formats.adapters import read_adapter, write_adapter
@@ -105,7 +104,7 @@ def test_a_difference_is_added_in_its_ratio(place):
 def test_the_first_autoencoder_is_kept_and_a_different_one_named(place):
     other = model(2)
     with torch.no_grad():
-        other.parts.autoencoder.quant_conv.bias += 1
+        other.autoencoder.quant_conv.bias += 1
     save_any(other, place / "other_vae", "ldm")
     first = saved(place, 1, "ldm")
     with pytest.warns(UserWarning, match=r"autoencoders of .*1-ours and .*other_vae differ: the first one's is kept"):
@@ -118,12 +117,11 @@ def test_autoencoders_alone_are_merged_but_for_their_units(place):
     for seed in (1, 2):
         alone = model(1)
         with torch.no_grad():
-            alone.parts.autoencoder.quant_conv.bias += seed
-            alone.parts.autoencoder.latents.scale.fill_(seed)
-        given.append(alone.parts.autoencoder.state_dict())
+            alone.autoencoder.quant_conv.bias += seed
+            alone.autoencoder.latents.scale.fill_(seed)
+        given.append(alone.autoencoder.state_dict())
         pair.append(place / f"vae-{seed}")
-        alone_config = nodes() | {"module": "autoencoder"}
-        save_any(Loaded(Components(alone.parts.autoencoder), alone_config, place), pair[-1], "ldm")
+        save_any(Components(alone.autoencoder, config=nodes()), pair[-1], "ldm")
     found = states(merge(pair, place / "vae-mean"))["vae"]
     torch.testing.assert_close(found["quant_conv.bias"], given[0]["quant_conv.bias"] + 0.5)
     assert torch.equal(found["latents.scale"], given[0]["latents.scale"])
@@ -145,7 +143,7 @@ def test_averaged_weights_are_merged_unless_raw_ones_are_asked_for(place):
     run = place / "averaged"
     source = saved(place, 1, "ldm")
     raw, averaged = states(source), states(saved(place, 2, "ldm"))
-    encoder = model(1).parts.text_encoder
+    encoder = model(1).text_encoder
     text = (source / "config.yaml").read_text()
     write(run, Content(raw, {"unet": averaged["unet"]}, {"global_step": 0}, text, (), encoder.save_tokenizer), step=0)
     for weights, expected in (("ema", averaged), ("raw", raw)):

@@ -87,7 +87,7 @@ def test_every_network_learns_to_repaint_and_starts_as_its_base(made, tmp_path, 
         asked = [f"images={make_pictures(tmp_path / 'pictures', 8)}", "source.min_side=1", f"optimizer.lr={lr}"]
         asked += ["max_steps=2", "callbacks.validation=null"]
         runs[name] = trained("inpaint", base, tmp_path / "outputs", *asked, 'instance_prompt="a thing"', name=name)
-    plain, same, learnt = (load_any(p).parts.denoiser for p in (base, runs["same"], runs["learns"]))
+    plain, same, learnt = (load_any(p).denoiser for p in (base, runs["same"], runs["learns"]))
     assert plain.model.in_channels == 4 and same.model.in_channels == 9
     draws = torch.Generator().manual_seed(0)
     x, concat = torch.randn(2, 4, 8, 8, generator=draws), torch.randn(2, 5, 8, 8, generator=draws)

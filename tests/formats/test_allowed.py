@@ -167,7 +167,7 @@ def test_what_is_not_built_from_a_file_loses_the_names_that_conf_does_not_give()
     assert only_allowed(theirs, "theirs") == {"callbacks": {"mine": {"command": "x"}}, "optimizer": adamw}
 
 
-@pytest.mark.parametrize("change", [{"module": "gan"}, {"module": None}, {"model": None}, {"scheduler": {}}])
+@pytest.mark.parametrize("change", [{"module": "gan"}, {"module": 5}, {"model": None}, {"scheduler": {}}])
 def test_a_checkpoint_needs_what_it_is_rebuilt_from(change, copy):
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         Pipeline.load(rewritten(copy, read_config(copy) | change))

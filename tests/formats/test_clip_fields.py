@@ -106,7 +106,7 @@ def test_a_setting_goes_through_every_layout(folder, tmp_path, varied):
     assert torch.equal(one.pooler_output, other.pooler_output)
 
 
-def built(checkpoint: formats.Checkpoint) -> CLIPText:
+def built(checkpoint: formats.Stored) -> CLIPText:
     node = {k: v for k, v in checkpoint.config["text_encoder"].items() if k != "_target_"}
     encoder = CLIPText(**node).eval().requires_grad_(False)
     encoder.load_state_dict(checkpoint.states["text_encoder"])

@@ -17,7 +17,7 @@ from ldm.build import build
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.formats import published
-from ldm.formats.checkpoint import Checkpoint, kind, read, write
+from ldm.formats.checkpoint import Stored, kind, read, write
 from ldm.formats.single import file as single_file
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
 
@@ -103,7 +103,7 @@ def test_a_model_trained_here_leaves_and_comes_back(tmp_path):
     modules["text_encoder"].save_tokenizer(tmp_path / "words")
     states = {part: module.state_dict() for part, module in modules.items()}
     schedule = published.scheduler_config("v_prediction") | {"beta_schedule": "linear"}
-    checkpoint = Checkpoint(nodes | {"image_size": 32}, states, schedule, tmp_path / "words")
+    checkpoint = Stored(nodes | {"image_size": 32}, states, schedule, tmp_path / "words")
     write(checkpoint, tmp_path / "folder", "diffusers")
     write(checkpoint, tmp_path / "one.safetensors", "compvis")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
@@ -196,7 +196,7 @@ def test_published_files_of_full_size_are_known_by_their_shapes(tmp_path):
         config |= {"text_encoder": conf("text_encoder", text)}
         states = {part: single_file.expected(config[key]) for part, key in NODES.items()}
         states["vae"] |= {"latents.mean": torch.zeros(4), "latents.scale": torch.full((4,), 1 / 0.18215)}
-        checkpoint = Checkpoint(config, states, published.scheduler_config(prediction))
+        checkpoint = Stored(config, states, published.scheduler_config(prediction))
         tensors = single_file.to_compvis(checkpoint)
         assert sum(k.startswith("model.diffusion_model.") for k in tensors) == 686
         assert sum(k.startswith("first_stage_model.") for k in tensors) == 248

@@ -14,7 +14,7 @@ from ldm.autoencoders.kl import AutoencoderKL
 from ldm.checkpoints.pretrained import load_autoencoder
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
-from ldm.formats.checkpoint import Checkpoint, kind, read, write
+from ldm.formats.checkpoint import Stored, kind, read, write
 from ldm.formats.keys import vae as vae_keys
 
 SIZES = dict(in_channels=3, latent_channels=4, block_channels=[16, 32], layers_per_block=1, norm_groups=8)
@@ -31,8 +31,8 @@ def autoencoder():
     return made
 
 
-def checkpoint_of(autoencoder) -> Checkpoint:
-    return Checkpoint({"autoencoder": NODE}, {"vae": {k: v.clone() for k, v in autoencoder.state_dict().items()}})
+def checkpoint_of(autoencoder) -> Stored:
+    return Stored({"autoencoder": NODE}, {"vae": {k: v.clone() for k, v in autoencoder.state_dict().items()}})
 
 
 @pytest.mark.parametrize("spelling", ["bare", "prefixed", "diffusers", "ckpt", "folder"])

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import ConfigError
-from ldm.formats.checkpoint import Checkpoint, kind, read, write
+from ldm.formats.checkpoint import Stored, kind, read, write
 from ldm.formats.diffusers.folder import describe
 from ldm.formats.files.open import load
 from ldm.formats.single import file as single_file
@@ -233,7 +233,7 @@ def test_metadata_name_no_code(tmp_path, sd1_folder):
 def test_what_a_format_cannot_carry_is_refused_before_anything_is_written(tmp_path, sd1_folder):
     whole = read(sd1_folder)
 
-    def without(part: str, key: str) -> Checkpoint:
+    def without(part: str, key: str) -> Stored:
         config, states = ({k: v for k, v in d.items() if k not in (part, key)} for d in (whole.config, whole.states))
         return replace(whole, config=config, states=states)
 

@@ -11,7 +11,7 @@ from ldm.autoencoders.vq import VQModel
 from ldm.checkpoints.load import load_any
 from ldm.errors import ConfigError
 from ldm.formats import published
-from ldm.formats.checkpoint import Checkpoint, kind, read, write
+from ldm.formats.checkpoint import Stored, kind, read, write
 from ldm.formats.keys import vae as vae_keys
 from ldm.formats.match import expected
 
@@ -34,8 +34,8 @@ def autoencoder():
     return made
 
 
-def checkpoint_of(autoencoder) -> Checkpoint:
-    return Checkpoint({"autoencoder": NODE}, {"vae": {k: v.clone() for k, v in autoencoder.state_dict().items()}})
+def checkpoint_of(autoencoder) -> Stored:
+    return Stored({"autoencoder": NODE}, {"vae": {k: v.clone() for k, v in autoencoder.state_dict().items()}})
 
 
 def layout(z, multipliers, attends, codes, attention=True):
@@ -126,17 +126,17 @@ def test_there_and_back_bit_for_bit(tmp_path, autoencoder, small_is_known, suffi
     stored = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)["state_dict"]
     assert stored.keys() == theirs.keys() and all(torch.equal(stored[k], v) for k, v in theirs.items())
     second = load_any(path)
-    assert same(autoencoder.state_dict(), second.parts.autoencoder.state_dict())
+    assert same(autoencoder.state_dict(), second.autoencoder.state_dict())
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         z = autoencoder.encode(images).mode()
-        assert torch.equal(second.parts.autoencoder.decode(z), autoencoder.decode(z))
+        assert torch.equal(second.autoencoder.decode(z), autoencoder.decode(z))
 
 
 def test_measured_latents_leave_in_units_of_one_and_the_codebook_follows(tmp_path, autoencoder):
     autoencoder.latents.set(0.3, 1.7)
     write(checkpoint_of(autoencoder), tmp_path / "x.safetensors", "compvis")
-    again = load_any(tmp_path / "x.safetensors").parts.autoencoder
+    again = load_any(tmp_path / "x.safetensors").autoencoder
     assert torch.equal(again.latents.scale, torch.ones(4)) and torch.equal(again.latents.mean, torch.zeros(4))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():

@@ -13,8 +13,8 @@ from tiny_training import Killed, Spy, config, fingerprint, make_data, train_wat
 from torch import nn
 
 from ldm.build import build
-from ldm.checkpoints.components import load_trained
 from ldm.checkpoints.folder import all_folders, find, load_parts
+from ldm.checkpoints.load import load_any
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.memory.meta_step import GPUKernels, LiveBytes, backward
@@ -79,7 +79,7 @@ def test_frozen_parts_in_bfloat16(base, tmp_path, monkeypatch):
                 assert torch.equal(tensor.nan_to_num(), expected[part][name].nan_to_num())
         assert {t.dtype for t in states["lora"].values()} == {torch.float32}
     # Loaded for sampling it is an ordinary model and its adapter.
-    parts, _, _ = load_trained(tmp_path / "half")
+    parts = load_any(tmp_path / "half")
     assert {p.dtype for p in parts.denoiser.model.parameters()} == {torch.float32}
     # Killed before its first checkpoint, and after it.
     for step in (1, 3):

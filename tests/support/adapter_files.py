@@ -7,7 +7,7 @@ import re
 import torch
 
 from ldm.adapters.content import HypernetworkTensors, Lora, LowRank
-from ldm.formats.checkpoint import Checkpoint
+from ldm.formats.checkpoint import Stored
 
 # Every kind of layer: linear maps, projections that are 1x1 convolutions in Stable Diffusion 1, LoCon's convolutions.
 EVERYWHERE = (
@@ -17,7 +17,7 @@ EVERYWHERE = (
 )
 
 
-def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def weights(checkpoint: Stored) -> dict[str, torch.Tensor]:
     """All of a base's weights by our names."""
     return {f"{part}.{k}": v for part in ("unet", "text_encoder") for k, v in checkpoint.states[part].items()}
 

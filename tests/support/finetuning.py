@@ -27,8 +27,7 @@ def run(tmp_path, experiment, name, *overrides):
 
 
 def getattr_(loaded, part):
-    parts = loaded.parts
-    return {"unet": parts.denoiser.model, "vae": parts.autoencoder, "text_encoder": parts.text_encoder}[part]
+    return {"unet": loaded.denoiser.model, "vae": loaded.autoencoder, "text_encoder": loaded.text_encoder}[part]
 
 
 def same(a, b):

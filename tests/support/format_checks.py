@@ -9,14 +9,14 @@ import yaml
 from tiny_training import CONF
 
 from ldm.build import build
-from ldm.formats.checkpoint import Checkpoint
+from ldm.formats.checkpoint import Stored
 from ldm.text.tokenizer import load_tokenizer
 
 NODES = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}
 PROMPTS = ["a red cat", "café 猫 <b>100%</b>!", ""]
 
 
-def filled(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
+def filled(checkpoint: Stored) -> dict[str, torch.nn.Module]:
     """Our modules, built from the nodes and filled strictly."""
     modules = {part: build(checkpoint.config[NODES[part]], NODES[part]).eval() for part in checkpoint.states}
     for part, module in modules.items():
@@ -39,7 +39,7 @@ def same(one: dict, other: dict) -> bool:
     )
 
 
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+def assert_same(one: Stored, other: Stored) -> None:
     assert one.states.keys() == other.states.keys()
     for part in one.states:
         assert same(one.states[part], other.states[part]), part

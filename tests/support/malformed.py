@@ -32,14 +32,12 @@ def make_base(folder: Path) -> Path:
     """pipe/ (diffusers), run/ (a checkpoint folder of ours), single.safetensors; lora.safetensors, word.pt, ..."""
     from ldm.adapters.content import Embedding, HypernetworkTensors, Lora, LowRank
     from ldm.checkpoints.components import build_components
-    from ldm.checkpoints.load import Loaded
     from ldm.checkpoints.save import save_any
     from ldm.formats.adapters import write_adapter
     from ldm.formats.match import AUTOENCODER, TEXT, UNET
     from ldm.text.tokenizer import build_tokenizer
 
     nodes = {
-        "module": "latent_diffusion",
         "model": {
             "_target_": UNET,
             "block_channels": [32, 32],
@@ -59,10 +57,9 @@ def make_base(folder: Path) -> Path:
     parts = build_components(nodes)
     parts.autoencoder.latents.set(0.0, 1 / 0.18215)
     parts.text_encoder.set_tokenizer(build_tokenizer(["a red star", "a blue cat"], 600))
-    loaded = Loaded(parts, nodes, folder)
-    save_any(loaded, folder / "pipe", "diffusers")
-    save_any(loaded, folder / "run", "ldm")
-    save_any(loaded, folder / "single.safetensors", "compvis")
+    save_any(parts, folder / "pipe", "diffusers")
+    save_any(parts, folder / "run", "ldm")
+    save_any(parts, folder / "single.safetensors", "compvis")
     shape = parts.network.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"].shape
     update = LowRank(torch.randn(2, shape[1]), torch.randn(shape[0], 2), 2.0)
     write_adapter(
@@ -483,7 +480,7 @@ own("10^9 words", lambda n: n["text_encoder"].update(vocab_size=HUGE), "evaluate
 own("image_size 10^9", lambda n: n.update(image_size=HUGE), "sample")
 own("image_size text", lambda n: n.update(image_size="big"))
 own("a node that is a list", lambda n: n.update(model=[1, 2]))
-own("no module", lambda n: n.pop("module"))
+own("a module that is a number", lambda n: n.update(module=5))
 own("10^9 levels", lambda n: n["autoencoder"].update(block_channels=[8] * 10**5), "merge")
 
 

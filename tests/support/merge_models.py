@@ -11,8 +11,8 @@ import torch
 from format_checks import conf
 
 from ldm.adapters.content import Lora, LowRank
-from ldm.checkpoints.components import build_components
-from ldm.checkpoints.load import Loaded, open_any
+from ldm.checkpoints.components import Components, build_components
+from ldm.checkpoints.load import open_any
 from ldm.checkpoints.save import save_any
 from ldm.text.tokenizer import build_tokenizer
 
@@ -33,10 +33,10 @@ def nodes(**changes: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, settings in changes.items():
         found[key] = found[key] | settings
-    return {"module": "latent_diffusion", "image_size": 32, **found}
+    return {"image_size": 32, **found}
 
 
-def model(seed: int, captions: list[str] = CAPTIONS, **changes: Mapping[str, Any]) -> Loaded:
+def model(seed: int, captions: list[str] = CAPTIONS, **changes: Mapping[str, Any]) -> Components:
     """Random in every tensor. The autoencoder is the same for all seeds, in Stable Diffusion's units."""
     config = nodes(**changes)
     parts = build_components(config)
@@ -49,7 +49,8 @@ def model(seed: int, captions: list[str] = CAPTIONS, **changes: Mapping[str, Any
     latents = parts.autoencoder.latents
     latents.mean.zero_()
     latents.scale.fill_(1 / 0.18215)
-    return Loaded(parts, config, Path(f"model-{seed}"))
+    parts.folder = Path(f"model-{seed}")
+    return parts
 
 
 @cache
@@ -71,7 +72,7 @@ def states(path: Path, weights: str = "ema") -> dict[str, dict[str, torch.Tensor
 def maps(seed: int = 0) -> dict[str, torch.Tensor]:
     """The weights of the linear maps and convolutions of the network and the text encoder, by layer."""
     found = {}
-    for part, module in model(seed).parts.modules().items():
+    for part, module in model(seed).modules().items():
         if part in PARTS:
             for path, layer in module.named_modules():
                 if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):

@@ -89,7 +89,7 @@ def test_training_starts_from_what_was_converted(place, tiny_run):
     shards = next((tiny_run.parent / "stages").glob("shards-*"))
     settings = config(f"shards={shards}", f"checkpoint={output}", "max_steps=1", "optimizer.lr=0.0")
     trained = train_run(settings, lambda digest: place / "trained").path
-    before, after = (load_any(p, "raw").parts.denoiser.model.state_dict() for p in (output, trained))
+    before, after = (load_any(p, "raw").denoiser.model.state_dict() for p in (output, trained))
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
@@ -113,7 +113,7 @@ def test_averaged_weights_leave_unless_raw_ones_are_asked_for(place, tiny_run):
     raw = converted(tiny_run, place / "raw", "ldm", weights="raw")
     for folder, weights in ((averaged, "ema"), (raw, "raw")):
         found, expected = (
-            load_any(p, w).parts.denoiser.model.state_dict() for p, w in ((folder, "ema"), (tiny_run, weights))
+            load_any(p, w).denoiser.model.state_dict() for p, w in ((folder, "ema"), (tiny_run, weights))
         )
         assert all(torch.equal(found[k], v) for k, v in expected.items())
     assert not torch.equal(picture(averaged), picture(raw))
@@ -122,7 +122,7 @@ def test_averaged_weights_leave_unless_raw_ones_are_asked_for(place, tiny_run):
 @pytest.mark.parametrize("format", NAMES)
 def test_an_autoencoder_alone_is_converted(place, sd1_folder, format):
     output = converted(sd1_folder / "vae", place / f"vae-{NAMES[format]}", format)
-    parts = [load_any(p).parts for p in (sd1_folder / "vae", output)]
+    parts = [load_any(p) for p in (sd1_folder / "vae", output)]
     assert parts[1].denoiser is None
     states = [p.autoencoder.state_dict() for p in parts]
     assert states[0].keys() == states[1].keys()
@@ -177,7 +177,7 @@ def test_a_run_says_what_a_bare_file_of_its_model_does_not(place, sources, tiny_
     found, expected = load_any(bare, config=config), load_any(whole)
     assert found.scheduler_config == expected.scheduler_config
     for part in ("autoencoder", "text_encoder"):
-        one, other = getattr(found.parts, part).state_dict(), getattr(expected.parts, part).state_dict()
+        one, other = getattr(found, part).state_dict(), getattr(expected, part).state_dict()
         assert all(torch.equal(one[k].nan_to_num(7.0), other[k].nan_to_num(7.0)) for k in other), part
     drawn = [Pipeline.load(p, config=c).sample(PROMPT, num_steps=2, seed=1) for p, c in ((bare, config), (whole, None))]
     assert torch.equal(*drawn)

@@ -12,7 +12,7 @@ from few import make_base
 
 import ldm.tasks.encode as encoding
 import ldm.tasks.evaluate as evaluating
-from ldm.checkpoints.components import load_trained
+from ldm.checkpoints.load import load_any
 from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
 from ldm.metrics.evaluation import Drawn, Evaluation
@@ -161,7 +161,7 @@ def test_encoding_computes_where_the_autoencoder_is(base, elsewhere, monkeypatch
 
 @pytest.mark.slow
 def test_evaluating_computes_where_the_model_is(base, elsewhere, monkeypatch, tmp_path):
-    parts, _, _ = load_trained(base)
+    parts = load_any(base)
     parts.for_sampling().to("meta")
     assert {p.device.type for m in parts.modules().values() for p in m.parameters()} == {"meta"}
     images = {"train": open_split(base.parent / "shards", "train"), "val": open_split(base.parent / "shards", "val")}

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from ldm import merge
 from ldm.adapters.content import Lora, LowRank
 from ldm.checkpoints.components import Components
-from ldm.checkpoints.load import Loaded
 from ldm.checkpoints.save import save_any
 from ldm.config.root import check_keys_are_read
 from ldm.errors import ConfigError
@@ -142,7 +141,7 @@ def test_models_of_other_kinds_are_refused_by_the_node_that_differs(place, pair)
         named = key if key != "model.num_heads" else "model.head_dim"
         with pytest.raises(ConfigError, match=f"other-{key} has {named}=.*1-folder has "):
             merge([pair[0], other], place / "never")
-    autoencoder = Loaded(Components(model(3).parts.autoencoder), nodes() | {"module": "autoencoder"}, place)
+    autoencoder = Components(model(3).autoencoder, config=nodes())
     save_any(autoencoder, place / "vae", "ldm")
     with pytest.raises(ConfigError, match=r"vae is an autoencoder and .*1-folder a whole model"):
         merge([pair[0], place / "vae"], place / "never")

@@ -13,8 +13,8 @@ from commands import metrics
 from PIL import Image
 from tiny_training import CONF, Killed, Spy, config, fingerprint, train_watched
 
-from ldm.checkpoints.components import load_trained
 from ldm.checkpoints.folder import all_folders
+from ldm.checkpoints.load import load_any
 from ldm.config.check import check
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.shards.splits import open_split, split_names
@@ -228,7 +228,7 @@ def test_flips_of_latents_are_latents_of_flips(data, tmp_path):
     shards, autoencoder, plain = data
     settings = config(f"shards={shards}", f"checkpoint={autoencoder}", "data.flip=true")
     flipped = encode_shards(settings, tmp_path / "flipped").output
-    parts, _, _ = load_trained(autoencoder)
+    parts = load_any(autoencoder)
     images = ShardDataModule(str(shards), 32, 24, shuffle=False)._first(open_split(shards, "train"), 24)["image"]
     with torch.no_grad():
         upright, mirrored = (parts.autoencoder.eval().encode(to_unit(x)).moments() for x in (images, images.flip(-1)))

@@ -68,8 +68,7 @@ def test_it_learns_the_pictures(tmp_path, sd1_folder, pictures):
     batch = torch.stack([from_pil(image) for image in images])
     eps = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     losses = []
-    for loaded in (load_any(sd1_folder), load_any(out)):
-        parts = loaded.parts
+    for parts in (load_any(sd1_folder), load_any(out)):
         with torch.no_grad():
             z = parts.autoencoder.latents.standardise(parts.autoencoder.encode(batch).mode())
             cond = parts.text_encoder.encode([f"a photo of a very red cat, number {i}" for i in range(8)])
@@ -95,7 +94,7 @@ def test_a_small_text_encoder_keeps_its_words(tmp_path, tiny_run, pictures):
 @pytest.mark.slow
 def test_an_inpainting_model_starts_as_its_base(tmp_path, sd1_folder, pictures):
     out = run(tmp_path, "inpaint", "paint", f"checkpoint={sd1_folder}", f"images={pictures}", "optimizer.lr=0.0")
-    base, widened = load_any(sd1_folder).parts.denoiser, load_any(out).parts.denoiser
+    base, widened = load_any(sd1_folder).denoiser, load_any(out).denoiser
     assert widened.model.in_channels == 9
     draws = torch.Generator().manual_seed(0)
     x, context = torch.randn(2, 4, 8, 8, generator=draws), torch.randn(2, 77, 32, generator=draws)

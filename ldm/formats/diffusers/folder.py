@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats import fold
-from ldm.formats.content import PARTS, Checkpoint, Node, State
+from ldm.formats.content import PARTS, Node, State, Stored
 from ldm.formats.diffusers import config as vocabulary
 from ldm.formats.files.open import load
 from ldm.formats.files.store import save_tensors
@@ -40,7 +40,7 @@ _IMAGE_SIZE = 512  # where a folder names none
 class Described:
     """What a folder's small files say: a checkpoint without tensors, and the units of its latents."""
 
-    checkpoint: Checkpoint
+    checkpoint: Stored
     scaling: float | None = None
     shift: float | None = None
 
@@ -91,10 +91,10 @@ def _described(
     shift = vae.get("shift_factor")
     if shift is not None:
         number(shift, "shift_factor", where["vae"], -1e6, 1e6)
-    return Described(Checkpoint(nodes, {}, schedule, words), scaling, shift)
+    return Described(Stored(nodes, {}, schedule, words), scaling, shift)
 
 
-def read(folder: Path, weights: str) -> Checkpoint:
+def read(folder: Path, weights: str) -> Stored:
     """A pipeline's folder, or one part's. weights="raw" takes non_ema files where there are some."""
     described = describe(folder)
     checkpoint = described.checkpoint
@@ -155,7 +155,7 @@ def _shards(index: Path) -> State:
     return tensors
 
 
-def write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+def write(checkpoint: Stored, folder: Path, dtype: torch.dtype) -> None:
     """Writes what `StableDiffusionPipeline.from_pretrained` reads; of an autoencoder alone, its folder."""
     folder.mkdir(parents=True)
     size = checkpoint.config.get("image_size") or _IMAGE_SIZE

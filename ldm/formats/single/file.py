@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
-from ldm.formats.content import PARTS, Checkpoint, Node, State
+from ldm.formats.content import PARTS, Node, State, Stored
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.files.open import Opened
 from ldm.formats.keys import text as text_keys
@@ -34,7 +34,7 @@ _HARMLESS = re.compile(
 )
 
 
-def read(opened: Opened, source: Path, given: Described | None, weights: str) -> Checkpoint:
+def read(opened: Opened, source: Path, given: Described | None, weights: str) -> Stored:
     """A single file's parts; `given`: what the file or config= says of what shapes do not say."""
     names = {k: v for k, v in opened.tensors.items() if not _HARMLESS.fullmatch(k)}
     theirs = _unet_tensors(opened.tensors, source, weights)
@@ -43,7 +43,7 @@ def read(opened: Opened, source: Path, given: Described | None, weights: str) ->
     prefixes = (unet_keys.PREFIX, vae_keys.PREFIX, text_keys.CLIP, text_keys.OPENCLIP)
     strays = {k: v for k, v in names.items() if not k.startswith(prefixes)}
     match(strays, {}, str(source))
-    checkpoint = Checkpoint({}, {})
+    checkpoint = Stored({}, {})
     if theirs:
         _read_unet(checkpoint, theirs, source, given)
     if clip or openclip:
@@ -55,10 +55,10 @@ def read(opened: Opened, source: Path, given: Described | None, weights: str) ->
     return checkpoint
 
 
-def read_vae(opened: Opened, source: Path, given: Described | None) -> Checkpoint:
+def read_vae(opened: Opened, source: Path, given: Described | None) -> Stored:
     """A file with an autoencoder alone, in CompVis' names, with or without the prefix, or in diffusers'."""
     names = {k: v for k, v in opened.tensors.items() if not _HARMLESS.fullmatch(k)}
-    checkpoint = Checkpoint({}, {})
+    checkpoint = Stored({}, {})
     state = {k.removeprefix(vae_keys.PREFIX): v for k, v in names.items()}
     add_vae(checkpoint, state, source, given, opened.tensors.get("scale_factor"))
     if given is None and bool(checkpoint.states["vae"]["latents.scale"].isfinite().all()):
@@ -71,7 +71,7 @@ def read_vae(opened: Opened, source: Path, given: Described | None) -> Checkpoin
 
 
 def add_vae(
-    checkpoint: Checkpoint, state: State, source: Path, given: Described | None, scale_factor: Tensor | None
+    checkpoint: Stored, state: State, source: Path, given: Described | None, scale_factor: Tensor | None
 ) -> None:
     """Reads an autoencoder's tensors, without prefix, into the checkpoint."""
     ours = vae_keys.from_compvis(state) if vae_keys.is_compvis(state) else vae_keys.from_diffusers(state)
@@ -105,7 +105,7 @@ def _unet_tensors(tensors: Mapping[str, Tensor], source: Path, weights: str) -> 
     return own
 
 
-def _read_unet(checkpoint: Checkpoint, theirs: State, source: Path, given: Described | None) -> None:
+def _read_unet(checkpoint: Stored, theirs: State, source: Path, given: Described | None) -> None:
     found = sizes.unet(theirs)
     key = (tuple(found["block_channels"]), found["cross_attention_dim"])
     node = _complete(found, published.UNETS.get(key), given, "unet", source)
@@ -116,7 +116,7 @@ def _read_unet(checkpoint: Checkpoint, theirs: State, source: Path, given: Descr
     checkpoint.config["model"] = node
 
 
-def _read_text(checkpoint: Checkpoint, state: State, openclip: bool, source: Path, given: Described | None) -> None:
+def _read_text(checkpoint: Stored, state: State, openclip: bool, source: Path, given: Described | None) -> None:
     found = sizes.text_encoder(state)
     rest = None if "feed_forward" in found else published.TEXTS.get((found["width"], openclip))
     node = _complete(found, rest, given, "text_encoder", source)
@@ -161,7 +161,7 @@ def _some(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={found[name]}" for name in _SAME[:3] if name in found)
 
 
-def _settle_rest(checkpoint: Checkpoint, opened: Opened, source: Path, given: Described | None) -> None:
+def _settle_rest(checkpoint: Stored, opened: Opened, source: Path, given: Described | None) -> None:
     """Schedule, words and picture size, where they are not in the file."""
     if given is not None:
         checkpoint.scheduler_config = given.checkpoint.scheduler_config
@@ -201,7 +201,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
 # Writing.
 
 
-def to_compvis(checkpoint: Checkpoint) -> State:
+def to_compvis(checkpoint: Stored) -> State:
     """All tensors in CompVis' names; an autoencoder alone without the prefix, as such files are published.
 
     Latents leave in Stable Diffusion's units: these files have no place for others, so all readers take them for those.
@@ -221,20 +221,20 @@ def to_compvis(checkpoint: Checkpoint) -> State:
     return found | {text_keys.CLIP + k: v for k, v in text.items()}
 
 
-def scaling_of(checkpoint: Checkpoint) -> float | None:
+def scaling_of(checkpoint: Stored) -> float | None:
     """The scaling factor of the latents in a file: Stable Diffusion's; 1 or unmeasured (None) for VQ autoencoders."""
     if checkpoint.config["autoencoder"]["_target_"] != VQ:
         return published.SCALING
     return 1.0 if bool(checkpoint.states["vae"]["latents.scale"].isfinite().all()) else None
 
 
-def is_openclip(checkpoint: Checkpoint) -> bool:
+def is_openclip(checkpoint: Stored) -> bool:
     """Whether the text encoder leaves in OpenCLIP's names: readers take theirs for gelu, CLIP's for quick_gelu."""
     activation = settings(checkpoint.config["text_encoder"], "text_encoder")["activation"]
     return activation == "gelu"
 
 
-def found_again(checkpoint: Checkpoint, tensors: State, step: int | None) -> bool:
+def found_again(checkpoint: Stored, tensors: State, step: int | None) -> bool:
     """Whether the file's shapes alone would give this model back: then it needs no metadata."""
     opened, alone = Opened(tensors, tuple(tensors), {}, step), set(checkpoint.states) == {"vae"}
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
-from ldm.formats.content import PARTS, Checkpoint
+from ldm.formats.content import PARTS, Stored
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.match import carries
 from ldm.formats.single import file as single_file
@@ -22,7 +22,7 @@ KEYS = (*PARTS.values(), "image_size")
 _WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def pack(checkpoint: Checkpoint) -> dict[str, str]:
+def pack(checkpoint: Stored) -> dict[str, str]:
     """Metadata of the file. The tokenizer travels unless it is CLIP's published one, which everybody has."""
     nodes = {key: _portable(checkpoint.config[key]) for key in KEYS if key in checkpoint.config}
     found = {"format": "pt", CONFIG: json.dumps(nodes)}
@@ -77,7 +77,7 @@ def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
         raise ConfigError(
             f"{source}: its metadata name {shown(config[strange[0]], 100)}, which no file of ldm's says. Do not use it."
         )
-    checkpoint = Checkpoint(config, {}, schedule)
+    checkpoint = Stored(config, {}, schedule)
     if words:
         folder = TemporaryDirectory(prefix="ldm-tokenizer-")
         for name in _WORD_FILES:

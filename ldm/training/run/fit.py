@@ -89,7 +89,7 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     if of_diffusion and "textual_inversion" in (config["adapter"] or {}):
         refuse_unsaid(config["adapter"]["textual_inversion"]["placeholder"], _captions(data, templates))
     torch.manual_seed(weight_seed(config))
-    parts = build_components(config)
+    parts = build_components(config, whole=of_diffusion)
     if tokenizer is not None and isinstance(parts.text_encoder, CLIPTokenized):
         parts.text_encoder.set_tokenizer(tokenizer)
     if of_diffusion and "given" in start:
