@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and only an encoder that is built has need of it
+    from transformers import CLIPTokenizer
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class CLIPText(CLIPTokenized):
@@ -45,6 +46,9 @@ class CLIPText(CLIPTokenized):
         projection_dim: int | None = None,  # of the space that CLIP shares with pictures; null: width
         marks: Sequence[int | None] | None = None,  # ids of begin, end and padding; null: the tokenizer's
     ):
+        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers.activations import ACT2FN
+
         super().__init__(vocab_size, max_length, tokenizer)
         if activation not in ACT2FN:
             raise ConfigError(f"text_encoder.activation={activation}: there is {', '.join(sorted(ACT2FN))}.")

@@ -14,16 +14,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from ldm.errors import ConfigError
 from ldm.text.encoder import Token
 from ldm.text.tokenizer_files import checked_copy
 from ldm.untrusted import shown
+
+if TYPE_CHECKING:  # transformers takes seconds to import: late
+    from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -49,6 +52,8 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int) -> CLIPTokenizer:
 
 def load_tokenizer(directory: str | Path) -> CLIPTokenizer:
     """Reads a folder with vocab.json + merges.txt (as published) or tokenizer.json (as transformers 5 writes)."""
+    from transformers import CLIPTokenizer
+
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise ConfigError(
@@ -192,6 +197,8 @@ def byte_alphabet() -> list[str]:
 
 
 def _tokenizer(vocab: dict[str, int], merges: list[Pair]) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer(
         vocab=vocab,
         merges=merges,  # type: ignore[arg-type]  # pairs are what the Rust side takes
