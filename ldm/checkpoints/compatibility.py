@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.folder import DIFFUSION_NODES
 from ldm.config.check import locate
 from ldm.errors import ConfigError
-from ldm.formats.content import State, Stored
-from ldm.formats.match import ASIDE, match
+from ldm.formats.content import DIFFUSION_NODES, State, Stored, meaning
+from ldm.formats.match import match
 from ldm.text.tokenizer import load_tokenizer
 
 
@@ -61,16 +60,16 @@ def _words(folder: Path) -> dict[str, int]:
 
 
 def _difference(
-    mine: Mapping[str, Any], theirs: Mapping[str, Any], key: str, aside: Sequence[str] = ()
+    first: Mapping[str, Any], second: Mapping[str, Any], key: str, aside: Sequence[str] = ()
 ) -> tuple[str, Any, Any] | None:
     """The first setting in which two nodes differ, and its values; None where they mean the same."""
-    one, other = (_class(node, key) for node in (mine, theirs))
+    one, other = (_class(node, key) for node in (first, second))
     if not (issubclass(one, other) or issubclass(other, one)):
-        return key, mine["_target_"], theirs["_target_"]
-    said, heard = _said(mine, one), _said(theirs, other)
-    for name in said:
-        if name in heard and name not in aside and said[name] != heard[name]:
-            return f"{key}.{name}", said[name], heard[name]
+        return key, first["_target_"], second["_target_"]
+    ours, theirs = _meaning(first, one), _meaning(second, other)
+    for name in ours:
+        if name in theirs and name not in aside and ours[name] != theirs[name]:
+            return f"{key}.{name}", ours[name], theirs[name]
     return None
 
 
@@ -80,13 +79,7 @@ def _class(node: Mapping[str, Any], key: str) -> type:
     return target
 
 
-def _said(node: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """What a node says of the model, defaults spelled out, in plain lists."""
+def _meaning(node: Mapping[str, Any], kind: type) -> dict[str, Any]:
     parameters = inspect.signature(kind).parameters.values()
     found = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    found |= {k: v for k, v in node.items() if not k.startswith("_")}
-    if found.get("pad") is None:  # the tokenizer's own
-        found.pop("pad", None)
-    if not any(found.get("attention_levels") or ()):  # of autoencoders: null is none
-        found["attention_levels"] = None
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in ASIDE}
+    return meaning(found | {k: v for k, v in node.items() if not k.startswith("_")})

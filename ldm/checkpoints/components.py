@@ -18,6 +18,7 @@ from ldm.build import build
 from ldm.checkpoints.folder import State
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
+from ldm.formats.content import PARTS
 from ldm.formats.files import bounded
 from ldm.models.inputs import inpainting_channels
 from ldm.text.encoder import TextEncoder
@@ -159,7 +160,7 @@ def is_whole(states: Mapping[str, State]) -> bool:
 def check_stored(config: Config, states: Mapping[str, State], source: Path) -> None:
     """ConfigError where a checkpoint's tensors do not fill what its configuration describes, before memory is taken."""
     where = f"{source}: its configuration"
-    for key in ("model", "autoencoder", "text_encoder"):
+    for key in PARTS.values():
         bounded.check_numbers(config.get(key), where)
     if config.get("image_size") is not None:
         whole(config["image_size"], "image_size", where, most=2**12)

@@ -19,14 +19,12 @@ import torch
 
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
-from ldm.formats.content import State
+from ldm.formats.content import DIFFUSION_NODES, State
 from ldm.formats.files.open import load
 from ldm.formats.files.store import save_tensors
 from ldm.untrusted import read_json, shown, whole
 
 FORMAT = 1
-# The nodes that a module is rebuilt from; the rest of a configuration says how it was trained.
-DIFFUSION_NODES = ("model", "autoencoder", "text_encoder", "scheduler", "parameterization")
 _MODULES = ("autoencoder", "latent_diffusion")
 
 

@@ -15,11 +15,11 @@ from ldm.checkpoints.components import (
     is_whole,
     load_states,
 )
-from ldm.checkpoints.folder import DIFFUSION_NODES, find, load_parts, read_config
+from ldm.checkpoints.folder import find, load_parts, read_config
 from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
-from ldm.formats.content import Stored
+from ldm.formats.content import DIFFUSION_NODES, Stored
 
 
 def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None, whole: bool = True) -> Stored:

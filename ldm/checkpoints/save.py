@@ -87,7 +87,5 @@ def _described(parts: Components, states: dict[str, State], words: Path | None) 
     config, described = parts.config, parts.scheduler_config
     if described is None and "scheduler" in config:
         described = schedulers.scheduler_config(config["scheduler"], config["parameterization"])
-    nodes: dict[str, Any] = {
-        k: config[k] for k in ("model", "autoencoder", "text_encoder", "image_size") if k in config
-    }
+    nodes: dict[str, Any] = {k: config[k] for k in (*foreign.PARTS.values(), "image_size") if k in config}
     return Stored(nodes, states, described, words)

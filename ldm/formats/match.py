@@ -29,8 +29,6 @@ CLASSES: dict[str, type[torch.nn.Module]] = {
     TEXT: CLIPText,
     "ldm.text.small.SmallTextEncoder": SmallTextEncoder,
 }
-# Arguments that say where a part comes from, how it is run or what others read beside it, not what it is.
-ASIDE = ("pretrained", "tokenizer", "checkpoint", "attention_dropout", "projection_dim", "marks")
 TARGETS = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT}
 
 

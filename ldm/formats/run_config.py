@@ -8,7 +8,7 @@ from typing import Any
 from ldm.allowed import read_allowed
 from ldm.errors import ConfigError
 from ldm.formats import published, schedulers
-from ldm.formats.content import PARTS, Stored
+from ldm.formats.content import PARTS, Stored, portable
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.match import architecture, carries
 
@@ -39,7 +39,7 @@ def describe(file: Path) -> Described:
                 f"config={file} has {key}={node.get('_target_')}: single files hold {architecture(part)} only. "
                 "Give the run that the file comes from, or its checkpoint folder as checkpoint=."
             )
-        nodes[key] = {k: v for k, v in node.items() if k not in ("_convert_", "pretrained", "tokenizer")}
+        nodes[key] = {k: v for k, v in portable(node).items() if k != "_convert_"}
     if "image_size" in found:
         nodes["image_size"] = found["image_size"]
     schedule = found.get("scheduler_config")

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm.build import as_literal
-from ldm.checkpoints.folder import DIFFUSION_NODES, find
+from ldm.checkpoints.folder import find
 from ldm.checkpoints.load import adopted
 from ldm.config.check import check
 from ldm.config.root import plain
 from ldm.errors import ConfigError
+from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.kinds import is_ours
 from ldm.memory.plan import Plan
 from ldm.memory.plan import plan as make_plan

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.build import as_literal, build
 from ldm.checkpoints.adapters import save_adapters
 from ldm.checkpoints.components import check_adapters, check_builds
-from ldm.checkpoints.folder import DIFFUSION_NODES, folder_name, read_config, run_of
+from ldm.checkpoints.folder import folder_name, read_config, run_of
 from ldm.checkpoints.load import adopted, load_any
 from ldm.checkpoints.sampler import sampling_settings
 from ldm.checkpoints.save import save_any
@@ -26,6 +26,7 @@ from ldm.data.fields import fields_of
 from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
+from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.files.atomic import atomic_write
 from ldm.formats.run_config import file_of
 from ldm.models.inputs import inpainting_channels

@@ -20,9 +20,10 @@ from ldm import Pipeline
 from ldm.allowed import BUILT, only_allowed, refuse_nodes
 from ldm.build import as_literal, build
 from ldm.checkpoints.components import build_components
-from ldm.checkpoints.folder import DIFFUSION_NODES, Content, read_config, write
+from ldm.checkpoints.folder import Content, read_config, write
 from ldm.config.root import plain
 from ldm.errors import ConfigError
+from ldm.formats.content import DIFFUSION_NODES
 from ldm.text.tokenizer import build_tokenizer
 
 

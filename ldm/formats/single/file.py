@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
-from ldm.formats.content import PARTS, Node, State, Stored
+from ldm.formats.content import PARTS, Node, State, Stored, meaning
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.files.open import Opened
 from ldm.formats.keys import text as text_keys
 from ldm.formats.keys import unet as unet_keys
 from ldm.formats.keys import vae as vae_keys
-from ldm.formats.match import ASIDE, TARGETS, VQ, expected, filled, match, settings
+from ldm.formats.match import TARGETS, VQ, expected, filled, match, settings
 from ldm.formats.single import sizes
 
 # What training leaves in such files: schedules (computed anew here), averages (read by name), a first stage's loss.
@@ -141,7 +141,7 @@ def _complete(
     key = PARTS[part]
     node = given.checkpoint.config.get(key) if given else None
     if node is not None:
-        said = _says(node, part)
+        said = meaning(settings(node, part))
         for name in _SAME:
             if name in found and found[name] != said.get(name):
                 raise ConfigError(
@@ -247,23 +247,13 @@ def found_again(checkpoint: Stored, tensors: State, step: int | None) -> bool:
     for part, key in PARTS.items():
         if part not in checkpoint.states:
             continue
-        mine, theirs = _says(checkpoint.config[key], part), _says(again.config[key], part)
-        if any(mine[k] != theirs[k] for k in mine if k in theirs):
+        ours, theirs = (meaning(settings(c.config[key], part)) for c in (checkpoint, again))
+        if any(ours[k] != theirs[k] for k in ours if k in theirs):
             return False
     one, other = (c.states["vae"]["latents.scale"].isfinite().all() for c in (checkpoint, again))
     if one != other:  # a first stage whose units nobody knows
         return False
     return alone or _schedule(checkpoint.scheduler_config) == _schedule(again.scheduler_config)
-
-
-def _says(node: Node, part: str) -> dict[str, Any]:
-    """What a node says of the model itself, not of where its weights come from or how it is run."""
-    found = settings(node, part)
-    if found.get("pad") is None:  # the tokenizer's own
-        found.pop("pad", None)
-    if part == "vae" and not any(found.get("attention_levels") or ()):
-        found.pop("attention_levels", None)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if k not in ASIDE}
 
 
 def _schedule(config: Mapping[str, Any] | None) -> list[Any]:

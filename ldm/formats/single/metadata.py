@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
-from ldm.formats.content import PARTS, Stored
+from ldm.formats.content import PARTS, Stored, portable
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.match import carries
 from ldm.formats.single import file as single_file
@@ -24,7 +24,8 @@ _WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 def pack(checkpoint: Stored) -> dict[str, str]:
     """Metadata of the file. The tokenizer travels unless it is CLIP's published one, which everybody has."""
-    nodes = {key: _portable(checkpoint.config[key]) for key in KEYS if key in checkpoint.config}
+    own = {key: checkpoint.config[key] for key in KEYS if key in checkpoint.config}
+    nodes = {key: portable(value) if isinstance(value, dict) else value for key, value in own.items()}
     found = {"format": "pt", CONFIG: json.dumps(nodes)}
     if (scaling := single_file.scaling_of(checkpoint)) is not None:
         found["ldm.scaling_factor"] = str(scaling)
@@ -42,13 +43,6 @@ def pack(checkpoint: Stored) -> dict[str, str]:
                 texts = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in _WORD_FILES}
             found[WORDS] = json.dumps(texts)
     return found
-
-
-def _portable(value: Any) -> Any:
-    """A node without the paths of the machine that it was written on."""
-    return (
-        {k: v for k, v in value.items() if k not in ("pretrained", "tokenizer")} if isinstance(value, dict) else value
-    )
 
 
 def unpack(metadata: Mapping[str, str], source: Path) -> Described | None:
