@@ -75,7 +75,7 @@ class AutoencoderTraining(TrainedModule):
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def validation_values(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
         output = self.autoencoder.decode(posterior.mode()).float().clamp(-1, 1)

@@ -205,7 +205,7 @@ class LatentDiffusion(TrainedModule):
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/gaussian_loss", *binned("val/loss_by_t"), *binned("val/x0_error_by_t")]
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def validation_values(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Every image at the same fixed (t, eps): differences between two validations are the model's alone.
 
         val/gaussian_loss is the smallest loss of whoever knows the latents' mean and variance only; what the model is

@@ -70,9 +70,18 @@ class TrainedModule(L.LightningModule):
         finally:
             self.train(was_training)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Named values, one a sample or finer, that the Validation callback averages over ranks and batches."""
+    def validation_values(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Named values, (B,) each, whose means over the valid samples of all ranks and batches are logged."""
         raise NotImplementedError(f"{type(self).__name__} has no validation.")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Those means in Lightning's own loop (`trainer.validate`), on averaged weights, as the callback takes them."""
+        valid = batch["valid"]
+        count = int(valid.sum())  # 0 in a rank whose share of the data has ended
+        with self.averaged():
+            values = self.validation_values(batch, batch_idx)
+        means = {name: per_sample[valid].sum() / max(1, count) for name, per_sample in values.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
 
     def validation_names(self) -> list[str]:
         raise NotImplementedError(f"{type(self).__name__} has no validation.")
@@ -151,3 +160,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], l
 def is_optimizer_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch ended an optimizer step; epochs are whole numbers of steps."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def stopped_early(trainer: L.Trainer) -> bool:
+    """Whether a callback (EarlyStopping, Timer) has ended the training, and min_steps and min_epochs let it."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def is_last_step(trainer: L.Trainer) -> bool:
+    """Whether no other step follows the one that has just ended."""
+    return trainer.global_step == trainer.max_steps or stopped_early(trainer)

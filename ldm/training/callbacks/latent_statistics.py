@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 
 from ldm.training.autoencoder import AutoencoderTraining, to_unit
-from ldm.training.module import is_optimizer_step
+from ldm.training.module import is_last_step, is_optimizer_step
 
 
 class LatentStatistics(L.Callback):
     """Measures the latents' mean and scale per channel and fits the preview, before the final checkpoint is saved."""
+
+    watches = AutoencoderTraining
 
     def __init__(self, num_images: int = 2048):
         self.num_images = num_images
@@ -19,10 +21,9 @@ class LatentStatistics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(pl_module, AutoencoderTraining) or not is_optimizer_step(trainer, batch_idx):
+        if not is_optimizer_step(trainer, batch_idx) or not is_last_step(trainer):
             return
-        if trainer.global_step != trainer.max_steps:
-            return
+        assert isinstance(pl_module, AutoencoderTraining)
         autoencoder, batches = pl_module.autoencoder, trainer.datamodule.some_training_images(self.num_images)  # type: ignore[attr-defined]
         with pl_module.averaged():
             # The same images on every rank: the numbers are equal without a collective.

@@ -57,7 +57,9 @@ class Losses(L.Callback):
         self.window.merge(pl_module.totals)
         pl_module.totals.reset()
         if step % self.every_n_steps == 0:
-            log_metrics(trainer, {**self.window.means(), "train/learning_rate": self._rate}, step)
+            values = {**self.window.means(), "train/learning_rate": self._rate}
+            log_metrics(trainer, values, step)
+            pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)  # for other callbacks
             self.window.reset()
 
     def logged(self, module: TrainedModule, max_steps: int) -> list[str]:

@@ -17,7 +17,7 @@ from ldm.pictures import film_strip, grid
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining, to_unit
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.module import is_optimizer_step
+from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_picture
 
 log = logging.getLogger(__name__)
@@ -26,31 +26,34 @@ log = logging.getLogger(__name__)
 class _Pictures(L.Callback):
     """Calls `draw` on the first process every n steps and after the last; without drawing from any training stream."""
 
+    watches: type[TrainedModule]  # the module beside which it runs
     every_n_steps: int
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if is_optimizer_step(trainer, batch_idx) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+        if not trainer.is_global_zero or not is_optimizer_step(trainer, batch_idx):
+            return
+        if step % self.every_n_steps == 0 or is_last_step(trainer):
             try:
                 self.draw(trainer, pl_module, step)
             except NotFinite as error:  # the training goes on: its loss says whether it diverged
                 log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
 
-    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def draw(self, trainer: L.Trainer, module: Any, step: int) -> None:
         raise NotImplementedError(f"{type(self).__name__} must draw something.")
 
 
 class Reconstructions(_Pictures):
     """Validation images above what the autoencoder makes of them (module=autoencoder)."""
 
+    watches = AutoencoderTraining
+
     def __init__(self, every_n_steps: int = 500, num_images: int = 8):
         self.every_n_steps, self.num_images = every_n_steps, num_images
 
-    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        if not isinstance(module, AutoencoderTraining) or not trainer.is_global_zero:
-            return
+    def draw(self, trainer: L.Trainer, module: AutoencoderTraining, step: int) -> None:
         images = trainer.datamodule.first_validation(self.num_images)["image"]  # type: ignore[attr-defined]
         images = to_unit(images.to(module.device))
         with module.averaged():
@@ -65,6 +68,8 @@ class JumpToX0(_Pictures):
     prompts: fixed texts; None takes the first captions of the validation data.
     decode_steps: steps that are decoded in full; every step is shown as a linear preview beside them.
     """
+
+    watches = LatentDiffusion
 
     def __init__(
         self,
@@ -82,9 +87,7 @@ class JumpToX0(_Pictures):
         self.num_steps, self.decode_steps = num_steps, decode_steps
         self.guidance, self.seed, self.sampler, self.grid = guidance, seed, sampler, grid
 
-    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
-            return
+    def draw(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
         sampler, request = _drawing(self, trainer, module)
         prompts = list(request.prompts)
         with module.averaged():
@@ -98,6 +101,8 @@ class JumpToX0(_Pictures):
 
 class Samples(_Pictures):
     """A grid of samples with their prompts, at fixed seeds; where adapters are trained, below what the base draws."""
+
+    watches = LatentDiffusion
 
     def __init__(
         self,
@@ -114,9 +119,7 @@ class Samples(_Pictures):
         self.num_steps, self.guidance, self.seed, self.sampler, self.grid = num_steps, guidance, seed, sampler, grid
         self._base: torch.Tensor | None = None  # what the base draws: the same at every step
 
-    def draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        if not isinstance(module, LatentDiffusion) or not trainer.is_global_zero:
-            return
+    def draw(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
         sampler, request = _drawing(self, trainer, module)
         prompts = list(request.prompts)
         with module.averaged():

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ldm.training.callbacks.losses import Losses
-from ldm.training.module import TrainedModule, is_optimizer_step
+from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_metrics
 
 
@@ -42,7 +42,7 @@ class ProgressBar(L.Callback):
         if self._bar is not None:
             rate = pl_module.images_per_step * (step - self._first) / (now - self._started)
             self._bar.update(self._task, completed=step, text=f"loss {self._loss():.4f}  {rate:.0f} images/s")
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        if step % self.every_n_steps == 0 or is_last_step(trainer):
             steps = step - self._since_step
             rate = pl_module.images_per_step * steps / (now - self._since)
             log_metrics(trainer, {"train/images_per_second": rate}, step)

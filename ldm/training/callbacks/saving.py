@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from ldm.checkpoints.folder import all_folders, folder_name
 from ldm.training.distributed import processes
-from ldm.training.module import is_optimizer_step
+from ldm.training.module import is_last_step, is_optimizer_step, stopped_early
 
 
 class Interrupted(Exception):
@@ -34,10 +35,10 @@ class Interrupted(Exception):
         return 130 if self.number == signal.SIGINT else 75
 
 
-class Checkpoints(L.Callback):
+class Checkpoints(Checkpoint):
     """Saves every `every_n_steps` steps, after the last step, and at the boundary after SIGINT, SIGTERM or SIGUSR1.
 
-    It must be the last callback: what the others log at a step is then never missing from a resumed run.
+    Lightning calls it after all other callbacks: what they log at a step is never missing from a resumed run.
     keep_last: how many checkpoint folders stay; None keeps all.
     """
 
@@ -46,9 +47,13 @@ class Checkpoints(L.Callback):
         self.directory = Path("checkpoints")  # set when the run directory is known
         self.on_saved: Callable[[int], None] | None = None  # told the step after each save
         self._signal = 0
+        self._saved = 0  # the step
+        self._complete = False  # the newest checkpoint is the run's end, before max_steps
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._complete
         # The handler only sets a flag: collectives inside handlers deadlock when one rank alone gets the signal.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -61,22 +66,34 @@ class Checkpoints(L.Callback):
             return
         # The signal that any process has had: all stop at the same step.
         step, number = trainer.global_step, processes.highest(self._signal)
-        last = step == trainer.max_steps
-        if number or last or step % self.every_n_steps == 0:
-            folder = self.directory / folder_name(step)
-            trainer.save_checkpoint(folder)
-            if trainer.is_global_zero:
-                self._prune()
-                if self.on_saved is not None:
-                    self.on_saved(step)
+        if number or is_last_step(trainer) or step % self.every_n_steps == 0:
+            folder = self._save(trainer)
             if number:  # after the last step too: what would come after this run must not start
                 raise Interrupted(number, step, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step != self._saved:  # stopped at the end of an epoch, after the last batch's hooks
+            self._save(trainer)
         self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"complete": True} if self._complete else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._complete = state_dict.get("complete", False)
+
+    def _save(self, trainer: L.Trainer) -> Path:
+        self._saved, self._complete = trainer.global_step, ended_early(trainer)
+        folder = self.directory / folder_name(self._saved)
+        trainer.save_checkpoint(folder)
+        if trainer.is_global_zero:
+            self._prune()
+            if self.on_saved is not None:
+                self.on_saved(self._saved)
+        return folder
 
     def _flag(self, number: int, frame: Any) -> None:
         self._signal = number
@@ -90,3 +107,9 @@ class Checkpoints(L.Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def ended_early(trainer: L.Trainer) -> bool:
+    """Whether a callback has said that the run is complete before max_steps. A Timer says only that time is out."""
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    return stopped_early(trainer) and not any(t.time_remaining() == 0 for t in timers)

@@ -6,16 +6,17 @@ from typing import Any
 
 import lightning as L
 
-from ldm.training.module import TrainedModule, is_optimizer_step
+from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_metrics, log_picture
 from ldm.training.totals import Totals
 
 
 class Validation(L.Callback):
-    """Runs the module's `validation_step` over the datamodule's validation data.
+    """Averages the module's `validation_values` over the datamodule's validation data.
 
     It stands before the checkpoint callback, inside the same training step: a killed run cannot have a checkpoint
-    whose validation is missing. That is why Lightning's own validation loop is not used.
+    whose validation is missing. That is why Lightning's own validation loop, which comes after the step, is not used;
+    other callbacks (EarlyStopping with monitor=val/loss) get its hooks here, with the values in `callback_metrics`.
     """
 
     def __init__(self, every_n_steps: int = 500):
@@ -25,13 +26,18 @@ class Validation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and not is_last_step(trainer)):
             return
         assert isinstance(pl_module, TrainedModule)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_validation_start(trainer, pl_module)
         values = validate(trainer, pl_module)
         log_metrics(trainer, values, step)
+        pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
         for key, picture in pl_module.validation_pictures(values).items():
             log_picture(trainer, key, picture, step)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_validation_end(trainer, pl_module)
 
     def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
         """Names of what a run of `max_steps` logs."""
@@ -47,7 +53,7 @@ def validate(trainer: L.Trainer, module: TrainedModule) -> dict[str, float]:
             batch = trainer.strategy.batch_to_device(batch)
             valid = batch["valid"]
             with trainer.precision_plugin.val_step_context():
-                values = module.validation_step(batch, index)
+                values = module.validation_values(batch, index)
             for name, per_sample in values.items():
                 totals.add(name, per_sample[valid])
     totals.reduce()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.callbacks import Checkpoint
 from transformers import CLIPTokenizer
 
 from ldm.build import build
@@ -24,7 +25,7 @@ from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
 from ldm.text.templates import Templates
 from ldm.text.tokenizer import build_tokenizer, load_tokenizer
-from ldm.training.callbacks.saving import Checkpoints
+from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
 from ldm.training.distributed.meeting import launch
 from ldm.training.distributed.strategy import check_trainer, launched, opened
@@ -81,7 +82,8 @@ def train_run(config: dict[str, Any], path_of: Any) -> Finished:
     _agree(config, data, identity, tokenizer)
     done = processes.by_first(directory.status)
     step = done.get("step")
-    if done.get("state") == "finished" and isinstance(step, int) and step >= config["max_steps"]:
+    finished = done.get("state") == "finished"
+    if finished and isinstance(step, int) and (step >= config["max_steps"] or done.get("stopped_early") is True):
         directory.check_identity()
         metrics = done.get("metrics")
         return Finished(directory.path, step, False, metrics if isinstance(metrics, dict) else {})
@@ -258,7 +260,10 @@ def _fit(
     silence_advertisements()
     first = processes.is_first()
     trainer_node, plugins = launched(config["trainer"])
-    callbacks = [c for c in (build(node, "callbacks") for node in (config["callbacks"] or {}).values()) if c]
+    # All are built, also those of the other stage: what is wrong with one is said before anything is trained.
+    built = [build(node, "callbacks") for node in (config["callbacks"] or {}).values()]
+    callbacks = [c for c in built if c and isinstance(module, getattr(c, "watches", TrainedModule))]
+    trainer_node["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)  # true would add one
     previous = _resumed(directory)
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
@@ -297,7 +302,8 @@ def _fit(
 
     def finish() -> dict[str, float]:
         metrics = last_metrics(directory.path / "metrics.jsonl")
-        directory.set_status("finished", trainer.global_step, metrics=metrics)
+        early = {"stopped_early": True} if ended_early(trainer) else {}
+        directory.set_status("finished", trainer.global_step, metrics=metrics, **early)
         directory.event("finish", step=trainer.global_step)
         return metrics
 

@@ -41,7 +41,14 @@ DATA = (
 TRAINER = (
     *("accelerator", "devices", "num_nodes", "strategy", "max_steps", "max_epochs", "max_time", "benchmark"),
     *("deterministic", "detect_anomaly", "profiler", "log_every_n_steps", "limit_val_batches"),
-    *("num_sanity_val_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+    *(
+        "num_sanity_val_steps",
+        "check_val_every_n_epoch",
+        "val_check_interval",
+        "enable_checkpointing",
+        "enable_progress_bar",
+        "enable_model_summary",
+    ),
     *("default_root_dir", "accumulate_grad_batches"),
 )
 WATCHING = tuple(  # callbacks that change nothing, however they are set
