@@ -47,6 +47,8 @@ def test_an_autoencoder_that_stopped_early_has_measured_latents(data, tmp_path):
     asked = config("module=autoencoder", f"shards={data[0]}", *BASE, STOP)
     run = train_run(asked, lambda digest: tmp_path / "run")
     assert run.step == LAST
+    drawn = {p.name.split("_", 1)[1] for p in (run.path / "images").glob("*.png")}
+    assert drawn == {"reconstructions.png"}, "what watches latent diffusion is left out"
     diffusion = config(f"shards={data[0]}", f"checkpoint={run.path}", "max_steps=1")
     assert train_run(diffusion, lambda digest: tmp_path / "diffusion").step == 1, "refused where they are not measured"
 
