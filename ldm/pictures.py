@@ -28,6 +28,11 @@ def from_pil(image: Image.Image) -> Tensor:  # -> (C,H,W) in [-1, 1]
     return rearrange(pixels.reshape(*pixels.shape[:2], -1), "h w c -> c h w")
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 (B,3,H,W) -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_bytes(images: Tensor) -> np.ndarray:  # (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8
     if bool(images.isnan().any()):
         raise NotFinite("a picture holds NaN, which would be shown as black: the weights or latents behind it hold it.")

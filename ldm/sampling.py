@@ -116,11 +116,11 @@ class Sampler:
         if z is None or (mask is not None and request.strength == 1):
             x = levels.start * eps
         else:
-            x = levels[0].alpha * z + levels[0].sigma * eps
+            x = levels[0].noised(z, eps)
         denoise = request.guider(self.denoiser, cond, reference, request.guidance)
         for left, step in zip(range(len(levels) - 2, -1, -1), solver(denoise, levels, x, noise), strict=True):
             if z is not None and kept is not None:  # an ordinary model repaints: outside the mask the image is put back
-                outside = step.next.alpha * z + step.next.sigma * eps if left else z
+                outside = step.next.noised(z, eps) if left else z
                 step.x_next = kept * step.x_next + (1 - kept) * outside
             yield step
 

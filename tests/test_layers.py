@@ -39,10 +39,10 @@ ROOMS = [
 ]
 ONLY_IN = {  # third party -> rooms that may import it
     "hydra": ("ldm.config", "ldm.build", "ldm.run", "ldm.sweep", "ldm.tasks"),
-    "omegaconf": ("ldm.config", "ldm.build", "ldm.run", "ldm.sweep", "ldm.tasks"),
+    "omegaconf": ("ldm.config", "ldm.build", "ldm.run", "ldm.sweep", "ldm.tasks", "ldm.training.run.build"),
     "lightning": ("ldm.training", "ldm.data"),
     "webdataset": ("ldm.data",),
-    "transformers": ("ldm.text", "ldm.training.run.fit"),
+    "transformers": ("ldm.text", "ldm.training.run", "ldm.training.losses"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
     "wandb": ("ldm.training.run.wandb_mirror",),
     "pandas": ("ldm.analysis", "ldm.data"),

@@ -42,7 +42,8 @@ def main(recompute: str) -> None:
     for _ in range(2):
         x0 = torch.randn(config["batch_size"], 4, 32, 32)
         cond = module.text_encoder.states(torch.zeros(len(x0), module.text_encoder.max_length, dtype=torch.long))
-        loss = module.loss(x0, cond, torch.rand(len(x0)), torch.randn_like(x0))[0].mean()
+        prediction = module.predict(x0, cond, torch.rand(len(x0)), torch.randn_like(x0))
+        loss = prediction.loss(module.weighting).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()  # as the module does it

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ldm.adapters.adapter import Adapter
-from ldm.adapters.textual_inversion import TextualInversion
 from ldm.autoencoders.kl import Autoencoder
 from ldm.build import build
 from ldm.checkpoints.folder import State
@@ -226,19 +225,6 @@ def attach_adapters(config: Config, parts: Components, states: Mapping[str, Stat
         if name in states:
             load_state(adapter, states[name], name, source or Path(name))
         parts.adapters[name] = adapter
-
-
-def check_builds(config: Config, whole: bool = True) -> None:
-    """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files."""
-    parts = build_components(config, device="meta", whole=whole)
-    for name, node in (config.get("adapter") or {}).items():
-        adapter = build(node, f"adapter.{name}")
-        if parts.denoiser is None or parts.text_encoder is None:
-            raise ConfigError(f"adapter=[{name}] belongs to module=latent_diffusion: leave it out here.")
-        if isinstance(adapter, TextualInversion):  # more can be said where the words are
-            adapter.readable(parts.text_encoder)
-        else:
-            adapter.attach(parts.network, parts.text_encoder)
 
 
 def load_states(parts: Components, states: dict[str, State], folder: Path) -> None:

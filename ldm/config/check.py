@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.config.root import FROZEN_DTYPES, MODULES, RECONSTRUCTIONS, Root, plain
+from ldm.config.root import FROZEN_DTYPES, Root, plain, without_references
 from ldm.errors import ConfigError, nearest
 
 
@@ -22,10 +22,6 @@ def check(config: DictConfig, task: str | None = None) -> None:
     """
     others = {f.name for f in fields(Root) if task is not None and task not in f.metadata["tasks"]}
     problems = []
-    if config.reconstruction not in RECONSTRUCTIONS:
-        problems.append(f"reconstruction={config.reconstruction}: choose one of {', '.join(RECONSTRUCTIONS)}.")
-    if config.module not in MODULES:
-        problems.append(f"module={config.module}: choose one of {', '.join(MODULES)}.{nearest(config.module, MODULES)}")
     if config.export not in (None, "diffusers", "compvis", "ldm"):
         problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
     if config.weights not in ("ema", "raw"):
@@ -41,7 +37,9 @@ def check(config: DictConfig, task: str | None = None) -> None:
     if not config.prior_weight >= 0:
         problems.append(f"prior_weight={config.prior_weight}: must be at least 0; 1 is usual.")
     for name, node in plain(config).items():
-        if isinstance(node, Mapping) and name not in others:
+        if name == "module" and name not in others:  # what it refers to is looked at where it stands
+            problems += check_node(name, {**without_references(node), "_partial_": True})
+        elif isinstance(node, Mapping) and name not in others:
             problems += check_node(str(name), node)
     if problems:
         raise ConfigError(" ".join(problems))
@@ -89,6 +87,11 @@ def locate(target: str, path: str) -> Callable[..., Any]:
         return get_object(target)
     except Exception as error:
         raise ConfigError(f"{path}._target_={target}: there is no such class or function ({_cause(error)}).") from error
+
+
+def module_kind(config: Mapping[str, Any]) -> str:
+    """What a configuration trains, "latent_diffusion" or "autoencoder": the `kind` of its module's class."""
+    return locate(config["module"]["_target_"], "module").kind  # type: ignore[attr-defined]
 
 
 def fits(value: Any, hint: Any) -> bool:

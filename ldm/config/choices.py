@@ -33,7 +33,7 @@ def said_in_words(argument: str) -> str:
 def _option(group: str, value: str) -> str:
     options = sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
     found = next((o for o in EMPTY if o in options), None)
-    if found or group in FREE or group == "adapter":
+    if found or group in FREE or group in ("adapter", "loss"):
         return found or "[]"
     one = " (a single one is left out by name: callbacks.samples=null)" if group == "callbacks" else ""
     raise ConfigError(f"{group}={value}: it cannot be left out{one}. Choose one of {', '.join(options)}.")

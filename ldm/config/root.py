@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,8 +16,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ldm.errors import ConfigError, nearest
 
 TASKS = ("train", "sample", "evaluate", "prepare", "encode", "check", "objective", "convert", "merge", "plan")
-MODULES = ("latent_diffusion", "autoencoder")
-RECONSTRUCTIONS = ("squared", "absolute", "both")
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,7 +70,6 @@ class Root:
     batch_size: int = key(64, "train encode evaluate", "images per step, process and micro-batch")
     accumulate: int = key(1, "train", "micro-batches per optimizer step")
     # --- training
-    module: str = key("latent_diffusion", "train", "what is trained: latent_diffusion or autoencoder")
     frozen_dtype: str = key("float32", "train", "of what is not trained, in memory: float32, bfloat16 or float16")
     max_steps: int = key(1000, "train", "optimizer steps; a larger number continues a run of lr_scheduler=constant")
     caption_dropout: float = key(0.1, "train", "share of captions replaced by the empty one, for guidance")
@@ -139,6 +137,8 @@ class Root:
     experiment: Any = group("all", "a recipe: choices of all the groups below")
     source: Any = group("train prepare", "where prepare's images come from")
     data: Any = group("train encode evaluate check", "how shards are read")
+    module: Any = group("train", "what is trained: the LightningModule with its loss, optimizer and average")
+    loss: Any = group("train", "loss terms beside the module's own, one or several: loss=[representation_alignment]")
     model: Any = group("train", "the denoising network")
     autoencoder: Any = group("train", "the first stage")
     text_encoder: Any = group("train", "captions to conditions")
@@ -177,6 +177,13 @@ def conf_dir() -> Path:
     raise ConfigError(f"the configuration folder conf/ is neither beside nor inside {here}: install ldm again.")
 
 
+def option(group: str, name: str) -> DictConfig:
+    """What stands in conf/GROUP/NAME.yaml."""
+    found = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
+    assert isinstance(found, DictConfig)
+    return found
+
+
 def group_names() -> list[str]:
     return [f.name for f in fields(Root) if f.metadata.get("group")]
 
@@ -201,5 +208,24 @@ def check_keys_are_read(task: str, overrides: Sequence[str]) -> None:
 
 
 def plain(config: DictConfig | ListConfig) -> Any:
-    """Resolved, plain containers: what is written to disk and into checkpoints."""
-    return OmegaConf.to_container(config, resolve=True)
+    """Plain containers, resolved: what is written to disk and into checkpoints.
+
+    But for the root's `module`, which says by reference (`${optimizer}`) what stands beside it in the same file.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    if isinstance(config, DictConfig) and "module" in config and OmegaConf.is_dict(config.module):
+        values["module"] = OmegaConf.to_container(config.module, resolve=False)
+    return values
+
+
+def reference(value: Any) -> str | None:
+    """The key that a value such as `${optimizer}` stands for; None for other values."""
+    found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return found[1] if found else None
+
+
+def without_references(node: Any) -> Any:
+    """What a node says itself: without the values that it takes from elsewhere in its configuration."""
+    if isinstance(node, dict):
+        return {k: without_references(v) for k, v in node.items() if reference(v) is None}
+    return [without_references(v) for v in node if reference(v) is None] if isinstance(node, list) else node

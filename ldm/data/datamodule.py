@@ -169,11 +169,15 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ThreadLoader | StreamLoader:
         """The one training loader: asked for again it is the same, so that its position is never lost."""
-        rank, world = self._place()
-        geometry = Geometry(self.batch_size, self.accumulate, rank, world)
+        geometry = self.geometry
         if self._train is None or self._train.geometry != geometry:
             self._train = self._stream(geometry) if self.mode == "stream" else self._indexed(geometry)
         return self._train
+
+    @property
+    def geometry(self) -> Geometry:
+        """How a global batch is cut."""
+        return Geometry(self.batch_size, self.accumulate, *self._place())
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         shards = self._validation()

@@ -29,7 +29,10 @@ class Geometry:
         return self.steps(n) * self.accumulate
 
     def rows(self, batch: int) -> slice:
-        """The rank's share of micro-batch `batch` in the epoch's order: 2 ranks are 1 rank accumulating 2."""
+        """The rank's share of micro-batch `batch` in the epoch's order: 2 ranks are 1 rank accumulating 2.
+
+        Counted from the first micro-batch of a step, it is its place in the global batch.
+        """
         start = (batch * self.world_size + self.rank) * self.batch_size
         return slice(start, start + self.batch_size)
 

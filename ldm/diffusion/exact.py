@@ -81,7 +81,7 @@ class GaussianMixture:
         """The ideal denoiser's squared error of x0 on n draws; its mean estimates the smallest possible loss."""
         x0 = self.sample(n, generator)
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-        x_t = right_pad(level.alpha, x0) * x0 + right_pad(level.sigma, x0) * eps
+        x_t = level.noised(x0, eps)
         return (self.denoise(x_t, level) - x0).square().flatten(1).mean(1)
 
 

@@ -49,6 +49,10 @@ class Level(NamedTuple):
         """The slope solvers' independent variable: sigma, or sigma/alpha."""
         return self.sigma if coordinate == "sigma" else self.ratio
 
+    def noised(self, x0: Tensor, eps: Tensor) -> Tensor:  # (B,C,H,W) x2 -> (B,C,H,W)
+        """x_t = alpha x0 + sigma eps."""
+        return right_pad(self.alpha, x0) * x0 + right_pad(self.sigma, x0) * eps
+
     def to(self, device: torch.device | str) -> Level:
         return Level(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.checkpoints.components import attach_adapters, build_components
+from ldm.checkpoints.components import attach_adapters
+from ldm.config.check import module_kind
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.memory.meta_step import GPUKernels, LiveBytes, backward
@@ -19,7 +20,7 @@ from ldm.text.tokenizer import build_tokenizer
 from ldm.training import adamw8bit, muon
 from ldm.training.frozen import DTYPES, cast_frozen, check_frozen_dtype
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.run.build import build_module
+from ldm.training.run.build import build_module, build_parts
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -60,7 +61,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     drops again (Muon stacks matrices of one shape).
     """
     half = _checked(config)
-    parts = build_components(config, device="meta")
+    parts = build_parts(config, "meta")
     adapted = bool(config.get("adapter"))
     cast_frozen(parts, adapted, DTYPES[config["frozen_dtype"]])
     words = parts.text_encoder
@@ -83,8 +84,8 @@ def _checked(config: Mapping[str, Any]) -> torch.dtype | None:
     """The type that autocast uses; ConfigError for configurations that no plan can be made of."""
     check_frozen_dtype(config)
     precision = str(config["trainer"].get("precision", "32-true"))
-    if config["module"] != "latent_diffusion":
-        raise ConfigError(f"task=plan is for module=latent_diffusion, not for module={config['module']}: leave it out.")
+    if module_kind(config) != "latent_diffusion":
+        raise ConfigError("task=plan is for module=latent_diffusion, not for module=autoencoder: leave it out.")
     if precision not in AUTOCAST:
         raise ConfigError(f"task=plan does not know trainer.precision={precision}: choose {', '.join(AUTOCAST)}.")
     if config["image_size"] is None:
@@ -169,8 +170,8 @@ def _step(module: LatentDiffusion, batch: int, size: int, noises: int, half: tor
         with torch.set_grad_enabled(module.text_has_gradient):
             ids = torch.zeros(batch, module.text_encoder.max_length, dtype=torch.long, device="meta")
             cond: Condition = module.text_encoder.states(ids).repeat_interleave(noises)
-        losses, _ = module.loss(x0, replace(cond, concat=concat), torch.full((len(x0),), 0.5), torch.empty_like(x0))
-        loss = losses.mean()
+        prediction = module.predict(x0, replace(cond, concat=concat), torch.full((len(x0),), 0.5), torch.empty_like(x0))
+        loss = prediction.loss(module.weighting).mean()
     forward = live.peak
     kernels.forward_is_over()
     live.peak = live.now

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ldm.build import build
-from ldm.checkpoints.components import build_components
+from ldm.config.check import module_kind
 from ldm.errors import SweepError, nearest
-from ldm.training.prior import PriorImages
-from ldm.training.run.build import build_module
+from ldm.training.prior import ClassImages
+from ldm.training.run.build import build_module, build_parts
 
 Names = set[str]
 UNKNOWN = "*"  # among names: something of the user's own measures what cannot be known beforehand
@@ -35,9 +35,8 @@ def unknown_metric(metric: str, names: Iterable[str]) -> str:
 def of_training(values: Mapping[str, Any]) -> Names:
     """Names of the scalars of one training run, from the module and the callbacks that log them."""
     drawn = values["class_shards"] or values["class_prompt"]
-    whole = values["module"] == "latent_diffusion"
-    prior = PriorImages(torch.zeros(1, 2, 1, 1), [""]) if drawn and whole else None
-    module = build_module(values, build_components(values, device="meta", whole=whole), prior)
+    prior = ClassImages(torch.zeros(1, 2, 1, 1), [""]) if drawn and module_kind(values) == "latent_diffusion" else None
+    module = build_module(values, build_parts(values, "meta"), prior)
     names: Names = set()
     for node in (values["callbacks"] or {}).values():
         callback = build(node, "callbacks")

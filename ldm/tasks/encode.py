@@ -24,7 +24,7 @@ from ldm.data.shards.splits import LATENT_FIELD, MIRRORED_FIELD, Shards, file_na
 from ldm.data.shards.writer import Written, write_dataset
 from ldm.data.sources.item import Item, Reject
 from ldm.errors import ConfigError
-from ldm.training.autoencoder import to_unit
+from ldm.pictures import to_unit
 
 
 def encode(config: DictConfig, arm: Path | None = None) -> dict[str, float]:

@@ -29,10 +29,9 @@ from ldm.data.shards.splits import Shards, open_split, split_names
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
 from ldm.metrics.evaluation import Drawn, Evaluation, Scored
-from ldm.pictures import grid
+from ldm.pictures import grid, to_unit
 from ldm.pipeline import Pipeline
 from ldm.sweep.measured import check_optimized, of_evaluation
-from ldm.training.autoencoder import to_unit
 from ldm.training.run.directory import read_json, write_json
 from ldm.training.run.wandb_mirror import add_scores
 from ldm.untrusted import interpreted, number, shown

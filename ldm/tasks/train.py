@@ -13,15 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import as_literal, build
 from ldm.checkpoints.adapters import save_adapters
-from ldm.checkpoints.components import check_adapters, check_builds
+from ldm.checkpoints.components import check_adapters
 from ldm.checkpoints.folder import folder_name, read_config, run_of
 from ldm.checkpoints.load import adopted, load_any
 from ldm.checkpoints.sampler import sampling_settings
 from ldm.checkpoints.save import save_any
 from ldm.checkpoints.stages import alone, to_native
-from ldm.config.check import check
+from ldm.config.check import check, module_kind
 from ldm.config.choices import drop_leftovers
-from ldm.config.root import plain
+from ldm.config.root import option, plain
 from ldm.data.fields import fields_of
 from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
@@ -40,11 +40,11 @@ from ldm.training.callbacks.saving import Interrupted
 from ldm.training.distributed import processes
 from ldm.training.distributed.hosts import check_hosts
 from ldm.training.distributed.strategy import check_trainer, timeout_of
+from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, reads_captions, refuse_unsaid
 from ldm.training.run.directory import write_json
 from ldm.training.run.fit import Finished, train_run
 
-ALONE = {"module": "autoencoder", "frozen_dtype": "float32"}  # the stage autoencoder: all of it is trained
 STAGES = ("prior", "prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
 
 
@@ -68,7 +68,7 @@ def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
     start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
-    check_builds(plain(config), config.module == "latent_diffusion")
+    check_builds(plain(config))
     if config.optimized_metric:
         check_optimized(config.optimized_metric, of_training(plain(config)))
     return _trained(config, plain(config), arm).metrics
@@ -100,7 +100,7 @@ def start_from_any_layout(config: DictConfig) -> None:
         return
     folder = Path(processes.by_first(lambda: str(to_native(config))))  # it may write a converted copy
     config.checkpoint = str(folder)
-    if config.module == "latent_diffusion":
+    if module_kind(config) == "latent_diffusion":
         check_adapters(plain(config), read_config(folder), folder)
     if not config.adopt:
         return
@@ -128,7 +128,7 @@ def _trained(config: DictConfig, values: dict[str, Any], arm: Path | None) -> Fi
 
 def _export(config: DictConfig, checkpoint: Path) -> None:
     """The run's adapters, else its whole model, in export/; a refusal is printed, not raised. Older exports go."""
-    if not config.export or config.module != "latent_diffusion":
+    if not config.export or module_kind(config) != "latent_diffusion":
         return
     run = run_of(checkpoint)
     whole = not config.adapter and config.export == "compvis"
@@ -184,6 +184,8 @@ class Stages:
         self._check_inputs()
         for stage in self.stages:
             check(self.configured(stage))
+            if stage in ("autoencoder", "diffusion"):
+                built_arguments(plain(self.configured(stage)))
             if stage == "evaluate":  # refused now, not after hours
                 built_metrics(plain(self.configured(stage))["metric"])
         check_builds(plain(self.configured(self.stages[-1])))
@@ -234,7 +236,7 @@ class Stages:
         for stage in self.stages:
             values = plain(self.configured(stage))
             if stage == "autoencoder":
-                names |= {f"autoencoder/{n}" for n in of_training({**values, **ALONE}) if not n.startswith("train/")}
+                names |= {f"autoencoder/{n}" for n in of_training(values) if not n.startswith("train/")}
             elif stage == "diffusion":
                 names |= of_training(values)
             elif stage == "evaluate":
@@ -246,6 +248,9 @@ class Stages:
         changes = self.config.stages[stage] or {}
         merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
         assert isinstance(merged, DictConfig)
+        if stage == "autoencoder":  # its own module, all of which is trained
+            merged.module = OmegaConf.merge(option("module", "autoencoder"), changes.get("module", {}))
+            merged.frozen_dtype = "float32"
         merged.stages = {}
         drop_leftovers(merged)
         return merged
@@ -276,7 +281,6 @@ class Stages:
         return {}
 
     def autoencoder(self, values: dict[str, Any]) -> dict[str, float]:
-        values |= ALONE
         folder = Path(values["outputs"]) / "stages"
         finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
         _say(finished)

@@ -2,74 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.autoencoders.kl import Autoencoder
-from ldm.training.module import Recipe, TrainedModule
-from ldm.training.randomness import Draws, normal
+from ldm.pictures import to_unit
+from ldm.training.ema import EMA
+from ldm.training.losses.reconstruction import Reconstruction
+from ldm.training.losses.term import PictureTerm
+from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
+from ldm.training.randomness import normal
 from ldm.training.totals import Totals
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 (B,3,H,W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-ERRORS = {
-    "squared": lambda error: error.square(),
-    "absolute": lambda error: error.abs(),
-    "both": lambda error: error.abs() + error.square(),
-}
 
 
 class AutoencoderTraining(TrainedModule):
     """Reconstruction plus what the autoencoder says against wild latents, a small KL term or a codebook's terms
     (Rombach et al. 2022, Appendix G).
 
-    reconstruction: squared error (best PSNR, and by far the best in few steps), absolute error (Stable Diffusion's, for
-        use with perceptual terms) or both in equal parts. kl_weight is per nat of an image beside the mean over its
-        pixels and channels.
-
-    Perceptual and adversarial terms belong in `reconstruction_loss`.
+    losses: terms by name, on the pictures that come back; perceptual and adversarial ones belong here too.
+    kl_weight: per nat of an image, beside the mean over its pixels and channels.
+    optimizer, lr_scheduler, ema, seed: as in `TrainedModule`.
     """
 
+    kind = "autoencoder"
     parts = {"vae": "autoencoder"}  # noqa: RUF012 (a constant of the class)
 
     def __init__(
         self,
         autoencoder: Autoencoder,
-        recipe: Recipe,
-        draws: Draws,
+        optimizer: OptimizerMaker,
+        losses: Mapping[str, PictureTerm | None] | None = None,
         kl_weight: float = 1e-6,
-        reconstruction: str = "squared",
+        lr_scheduler: LearningRate | None = None,
+        ema: EMA | None = None,
+        seed: int = 0,
     ):
-        super().__init__(recipe, draws)
-        self.error = ERRORS[reconstruction]
+        super().__init__(optimizer, lr_scheduler, ema, seed)
         self.autoencoder = autoencoder
+        self.take_losses(losses or {"reconstruction": Reconstruction()})
         self.kl_weight = kl_weight
-        self.totals = Totals([f"train/{n}" for n in ("loss", "reconstruction", *autoencoder.regulariser_names)])
+        self.totals = Totals([f"train/{n}" for n in ("loss", *self.losses, *autoencoder.regulariser_names)])
 
     @property
     def trained_parts(self) -> list[str]:
-        return ["vae"]
+        return ["vae", *self.loss_parts]
 
-    def reconstruction_loss(self, output: Tensor, images: Tensor) -> Tensor:  # (B,3,H,W) x2 -> (B,)
-        return self.error(output.float() - images).flatten(1).mean(dim=1)
+    def _losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """(B,) values of every term."""
+        return {name: term(output.float(), images) for name, term in self.losses.items()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
         positions = self.draws.positions(batch_idx, len(images))
         eps = normal(posterior.mean.shape[1:], self.draws.seed, "posterior", self.global_step, positions)
-        output = self.autoencoder.decode(posterior.sample(eps.to(images)))
-        reconstruction = self.reconstruction_loss(output, images)
+        values = self._losses(self.autoencoder.decode(posterior.sample(eps.to(images))), images)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = reconstruction + regulariser
-        for name, values in {"loss": loss, "reconstruction": reconstruction, **watched}.items():
-            self.totals.add(f"train/{name}", values)
+        loss = self.weighed(values) + regulariser
+        for name, value in {"loss": loss, **values, **watched}.items():
+            self.totals.add(f"train/{name}", value)
         return loss.mean()
 
     def validation_names(self) -> list[str]:
@@ -80,7 +74,7 @@ class AutoencoderTraining(TrainedModule):
         posterior = self.autoencoder.encode(images)
         output = self.autoencoder.decode(posterior.mode()).float().clamp(-1, 1)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = self.reconstruction_loss(output, images) + regulariser
+        loss = self.weighed(self._losses(output, images)) + regulariser
         return {"val/loss": loss, "val/psnr": psnr(output, images), **{f"val/{n}": v for n, v in watched.items()}}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import Content, write
+from ldm.config.check import module_kind
 from ldm.config.root import FROZEN_DTYPES
 from ldm.errors import ConfigError
 
@@ -33,7 +34,7 @@ def check_frozen_dtype(config: Mapping[str, Any]) -> None:
     given = config["frozen_dtype"]
     if given not in DTYPES:
         raise ConfigError(f"frozen_dtype={given}: choose one of {', '.join(DTYPES)}.")
-    if given != "float32" and config["module"] == "autoencoder":
+    if given != "float32" and module_kind(config) == "autoencoder":
         raise ConfigError(f"frozen_dtype={given}: module=autoencoder freezes nothing, so leave frozen_dtype out.")
 
 

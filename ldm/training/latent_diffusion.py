@@ -18,20 +18,21 @@ from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
-from ldm.diffusion.levels import right_pad
-from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.loss import Prediction, predict
 from ldm.diffusion.samplers.solver import Solver
-from ldm.diffusion.times import Times
-from ldm.diffusion.weightings import Weighting
+from ldm.diffusion.times import Times, Uniform
+from ldm.diffusion.weightings import Simple, Weighting
 from ldm.errors import ConfigError
-from ldm.pictures import curves
+from ldm.pictures import curves, to_unit
 from ldm.text.encoder import TextEncoder
 from ldm.text.templates import Templates
-from ldm.training.autoencoder import to_unit
+from ldm.training.ema import EMA
+from ldm.training.losses.denoising import Denoising
+from ldm.training.losses.term import LossTerm, Step, check_layers, hidden_states
 from ldm.training.masks import RandomMasks
-from ldm.training.module import Recipe, TrainedModule
-from ldm.training.prior import PriorImages
-from ldm.training.randomness import Draws, normal, stratified, uniform
+from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
+from ldm.training.prior import ClassImages
+from ldm.training.randomness import normal, stratified, uniform
 from ldm.training.totals import Totals, bin_times, binned
 
 # Standardised latents have mean 0 and deviation 1 in every channel.
@@ -39,8 +40,13 @@ _STANDARD_NORMAL = Gaussian(torch.zeros((), dtype=torch.float64), torch.ones((),
 
 
 class LatentDiffusion(TrainedModule):
-    """x_t = alpha x0 + sigma eps on latents; the network learns a x0 + b eps under the caption's condition."""
+    """x_t = alpha x0 + sigma eps on latents; the network learns a x0 + b eps under the caption's condition.
 
+    optimizer, lr_scheduler, ema, seed: as in `TrainedModule`.
+    losses: terms by name; `train/loss_by_t` is the first one's. Usual: the denoising loss.
+    """
+
+    kind = "latent_diffusion"
     parts: dict[str, str] = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}  # noqa: RUF012
 
     def __init__(
@@ -48,19 +54,22 @@ class LatentDiffusion(TrainedModule):
         denoiser: Denoiser,
         autoencoder: Autoencoder,  # frozen
         text_encoder: TextEncoder,  # trained where it says so itself
-        weighting: Weighting,
-        times: Times,
-        recipe: Recipe,
-        draws: Draws,
+        optimizer: OptimizerMaker,
+        losses: Mapping[str, LossTerm | None] | None = None,
+        weighting: Weighting | None = None,  # of the squared error over noise levels; None: 1
+        times: Times | None = None,  # which levels are trained on; None: all evenly, stratified
+        lr_scheduler: LearningRate | None = None,
+        ema: EMA | None = None,
+        seed: int = 0,
         caption_dropout: float = 0.1,  # share of captions replaced by "", which guidance needs
         noises_per_image: int = 1,  # (t, eps) pairs for each encoded image
-        masks: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
+        masking: RandomMasks | None = None,  # for models that repaint: mask and masked latent beside x_t
         adapters: Mapping[str, Adapter] | None = None,  # attached; where there are some, they alone are trained
         templates: Templates | None = None,  # captions are drawn from them
-        prior: PriorImages | None = None,  # class pictures in every step beside the others, against forgetting
+        class_images: ClassImages | None = None,  # in every step beside the others, against forgetting
         solver: Solver | None = None,  # what its pictures are drawn with; None: the scheduler's own
     ):
-        super().__init__(recipe, draws)
+        super().__init__(optimizer, lr_scheduler, ema, seed)
         assert isinstance(denoiser.model, nn.Module)
         self.denoiser = denoiser
         self.model = denoiser.model
@@ -74,20 +83,32 @@ class LatentDiffusion(TrainedModule):
             self.model.requires_grad_(False)
         if not self.trains_text:
             text_encoder.requires_grad_(False).eval()
-        self.weighting, self.times = weighting, times
-        self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masks
-        self.templates, self.prior, self.solver = templates, prior, solver
-        if masks is not None and prior is not None:
+        self.weighting, self.times = weighting or Simple(), times or Uniform(stratified=True)
+        self.weighting.check(denoiser.scheduler)
+        self.caption_dropout, self.noises_per_image, self.masks = caption_dropout, noises_per_image, masking
+        self.templates, self.class_images, self.solver = templates, class_images, solver
+        if masking is not None and class_images is not None:
             raise ConfigError(
                 "masking=random needs the pictures at every step, and class pictures are kept as latents: leave out "
                 "class_prompt= (experiment=inpaint), or masking=random."
             )
-        watched = ["train/instance_loss", "train/prior_loss"] if prior is not None else []
+        terms = dict(losses or {"instance": Denoising()})
+        if class_images is None:
+            terms = {n: t for n, t in terms.items() if t is not None and not t.needs_class_images}
+        self.take_losses(terms)
+        check_layers(self.model, self.terms)
+        watched = [f"train/{name}_loss" for name in self.losses] if len(self.losses) > 1 else []
         self.totals = Totals(["train/loss", *watched, *binned("train/loss_by_t")])
 
     @property
     def trained_parts(self) -> list[str]:
-        return list(self.adapters) or (["unet", "text_encoder"] if self.trains_text else ["unet"])
+        trained = list(self.adapters) or (["unet", "text_encoder"] if self.trains_text else ["unet"])
+        return [*trained, *self.loss_parts]
+
+    @property
+    def terms(self) -> dict[str, LossTerm]:
+        """The loss terms by name."""
+        return {name: term for name, term in self.losses.items() if isinstance(term, LossTerm)}
 
     def learning_rates(self) -> dict[str, float]:
         rates = {name: getattr(adapter, "lr", None) for name, adapter in self.adapters.items()}
@@ -112,6 +133,8 @@ class LatentDiffusion(TrainedModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.autoencoder.latents.require_measured()
+        for term in self.terms.values():
+            term.start()
 
     def latents(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor:
         """x0 of a batch, (B,C,h,w): a sample of the posterior, standardised; from the cache where there is one."""
@@ -166,15 +189,13 @@ class LatentDiffusion(TrainedModule):
             t_draws = uniform(seed, f"{prefix}times", step, pairs)
         return t_draws, normal(shape, seed, f"{prefix}noise", step, pairs)
 
-    def loss(self, x0: Tensor, cond: Condition, t_draws: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) losses and (B,) times; draws nothing."""
+    def predict(self, x0: Tensor, cond: Condition, t_draws: Tensor, eps: Tensor) -> Prediction:
+        """One pass over noised latents, (N,C,h,w), at the levels that draws of times in (0, 1) name, (N,)."""
         level = self.times(t_draws, self.denoiser.scheduler)
-        losses = diffusion_loss(self.denoiser, self.weighting, x0, cond, level.to(x0.device), eps)
-        assert isinstance(level.t, Tensor)
-        return losses, level.t
+        return predict(self.denoiser, x0, cond, level.to(x0.device), eps)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        seed, step, n, prior = self.draws.seed, self.global_step, self.noises_per_image, self.prior
+        seed, step, n, of_class = self.draws.seed, self.global_step, self.noises_per_image, self.class_images
         captions = batch["caption"]
         positions = self.draws.positions(batch_idx, len(captions))
         if self.templates is not None:
@@ -183,22 +204,31 @@ class LatentDiffusion(TrainedModule):
         x0 = self.latents(batch, "posterior", step, positions)
         pairs = [p * n + i for p in positions for i in range(n)]
         t_draws, eps = self._noise(x0.shape[1:], "", step, pairs)
-        if prior is not None:  # the same of the class pictures, behind them in one batch
-            moments, of_class = prior.drawn(seed, step, positions)
-            captions = captions + self._captions(of_class, "prior_", step, positions)
+        if of_class is not None:  # the same of the class pictures, behind them in one batch
+            moments, class_captions = of_class.drawn(seed, step, positions)
+            captions = captions + self._captions(class_captions, "prior_", step, positions)
             posterior = self.autoencoder.posterior(moments.to(x0.device))
             x0 = torch.cat([x0, self._sampled(posterior, "prior_posterior", step, positions)])
-            prior_t, prior_eps = self._noise(x0.shape[1:], "prior_", step, pairs)
-            t_draws, eps = torch.cat([t_draws, prior_t]), torch.cat([eps, prior_eps])
+            class_t, class_eps = self._noise(x0.shape[1:], "prior_", step, pairs)
+            t_draws, eps = torch.cat([t_draws, class_t]), torch.cat([eps, class_eps])
         cond = replace(self.condition(captions), concat=self.masked(batch, "mask", step, positions))
         x0 = x0.repeat_interleave(n, dim=0)
-        losses, t = self.loss(x0, cond.repeat_interleave(n), t_draws, eps.to(x0))
-        self.totals.add_by_bin("train/loss_by_t", losses[: len(pairs)], t[: len(pairs)])
-        if prior is not None:  # Ruiz et al. 2023, equation 2
-            instance, kept = losses.chunk(2)
-            self.totals.add("train/instance_loss", instance)
-            self.totals.add("train/prior_loss", kept)
-            losses = instance + prior.weight * kept
+        layers = [layer for term in self.terms.values() for layer in term.layers]
+        with hidden_states(self.model, layers) as hidden:
+            prediction, of_class_too = self.predict(x0, cond.repeat_interleave(n), t_draws, eps.to(x0)), None
+        if of_class is not None:
+            own, others = slice(0, len(pairs)), slice(len(pairs), None)
+            hidden = {layer: states[own] for layer, states in hidden.items()}
+            prediction, of_class_too = prediction.rows(own), prediction.rows(others)
+        made = Step(batch, prediction, self.weighting, of_class_too, hidden)
+        values = {name: term(made) for name, term in self.terms.items()}
+        losses = self.weighed(values)
+        t = prediction.level.t
+        assert isinstance(t, Tensor)
+        self.totals.add_by_bin("train/loss_by_t", next(iter(values.values())), t)
+        if len(values) > 1:
+            for name, value in values.items():
+                self.totals.add(f"train/{name}_loss", value)
         self.totals.add("train/loss", losses)
         return losses.mean()
 
@@ -222,15 +252,13 @@ class LatentDiffusion(TrainedModule):
             t = torch.full((len(x0),), time, dtype=torch.float64)
             level = self.denoiser.scheduler.level(self.denoiser.scheduler.snap(t)).to(x0.device)
             eps = normal(x0.shape[1:], seed, f"validation_noise_{i}", 0, positions).to(x0)
-            x_t = right_pad(level.alpha, x0) * x0 + right_pad(level.sigma, x0) * eps
-            output = self.denoiser.output(x_t, level, cond)
-            error = (output - self.denoiser.parameterization.target(x0, eps, level)).square().flatten(1).mean(1)
+            prediction = predict(self.denoiser, x0, cond, level, eps)
+            losses.append(prediction.loss(self.weighting))
             alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
-            weight = self.weighting(alpha, sigma, self.denoiser.parameterization)
-            losses.append(weight.to(error.dtype) * error)
             slope = self.denoiser.parameterization.determinant(alpha, sigma) / sigma
+            weight = prediction.weight(self.weighting)
             gaussian_losses.append(weight * slope**2 * _STANDARD_NORMAL.irreducible_loss(level))
-            jump = (self.denoiser.x0(x_t, output, level) - x0).square().flatten(1).mean(1)
+            jump = (prediction.jump - x0).square().flatten(1).mean(1)
             values[f"val/loss_by_t/{i}"], values[f"val/x0_error_by_t/{i}"] = losses[-1], jump
         gaussian = torch.stack(gaussian_losses).mean(0)
         return {"val/loss": torch.stack(losses).mean(0), "val/gaussian_loss": gaussian, **values}

@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
 from ldm.training.distributed import processes
 from ldm.training.ema import EMA
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals
 
-
-@dataclass
-class Recipe:
-    """How weights are changed: optimizer(named parameters), learning-rate factor(step), and their average."""
-
-    optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-    learning_rate: Callable[[int], float] = lambda step: 1.0
-    ema: EMA | None = None
+OptimizerMaker = Callable[..., torch.optim.Optimizer]  # of a list of (name, parameter), as torch.optim's classes are
+LearningRate = Callable[[int], float]  # optimizer step -> factor of the optimizer's learning rate
 
 
 class TrainedModule(L.LightningModule):
     """Subclasses say which parts they hold (`parts`) and which of them are trained (`trained_parts`).
 
     Parts are the units of a checkpoint folder: file name -> attribute.
+
+    optimizer: makes one of a list of (name, parameter), such as partial(torch.optim.AdamW, lr=1e-4).
+    lr_scheduler: factor of its learning rate at each step (ldm.training.learning_rate); None: 1.
+    ema: averages the trained weights; validation, pictures and checkpoints then use both. None: no average.
+    seed: of all that training draws.
     """
 
+    kind: ClassVar[str]  # what stands for it in a run's name: latent_diffusion or autoencoder
     parts: dict[str, str]
+    losses: nn.ModuleDict
     totals: Totals
 
-    def __init__(self, recipe: Recipe, draws: Draws):
+    def __init__(
+        self,
+        optimizer: OptimizerMaker,
+        lr_scheduler: LearningRate | None = None,
+        ema: EMA | None = None,
+        seed: int = 0,
+    ):
         super().__init__()
-        self.recipe = recipe
-        self.draws = draws
-        self.images_per_step = draws.global_batch
+        self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
+        self.draws = Draws(batch_size=1, seed=seed)  # of the datamodule's geometry when training starts
 
     @property
-    def ema(self) -> EMA | None:
-        return self.recipe.ema
+    def images_per_step(self) -> int:
+        return self.draws.global_batch
+
+    def take_losses(self, terms: Mapping[str, nn.Module | None]) -> None:
+        """Holds the loss terms; those that have tensors become parts of the checkpoint."""
+        self.losses = nn.ModuleDict({name: term for name, term in terms.items() if term is not None})
+        if not self.losses:
+            raise ConfigError("module.losses= has no term, so there is nothing to minimise: leave one of them on.")
+        self.parts = {**self.parts, **self.loss_parts}
+
+    @property
+    def loss_parts(self) -> dict[str, str]:
+        """The terms that have tensors of their own, as parts."""
+        return {f"loss_{name}": f"losses.{name}" for name, term in self.losses.items() if term.state_dict()}
+
+    def weighed(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the terms' values, each times its weight."""
+        return sum(v if self.losses[n].weight == 1 else self.losses[n].weight * v for n, v in values.items())  # type: ignore
 
     @property
     def trained_parts(self) -> list[str]:
@@ -95,15 +117,14 @@ class TrainedModule(L.LightningModule):
         return {}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.recipe.optimizer(list(self.trained_parameters().items()))
+        optimizer = self.optimizer(list(self.trained_parameters().items()))
         for start, lr in self.learning_rates().items():
             _set_rate(optimizer, {p for name, p in self.named_parameters() if name.startswith(start)}, lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler or (lambda step: 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self.draws = replace(self.draws, rank=self.global_rank, world_size=self.trainer.world_size)
-        self.images_per_step = self.draws.global_batch
+        self.draws = Draws.of(self.trainer.datamodule, self.draws.seed)  # type: ignore[attr-defined]
         if self.ema is not None:
             self.ema.start(self.trained_parameters())
 

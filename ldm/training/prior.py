@@ -17,23 +17,21 @@ from ldm.errors import ConfigError
 from ldm.training.randomness import seed_of
 
 
-class PriorImages:
+class ClassImages:
     """What the base model draws of the class, as latents' moments in memory, each with its caption.
 
-    The loss is mean(instance losses) + weight mean(class losses) (Ruiz et al. 2023, equation 2).
+    The term `PriorPreservation` (ldm/training/losses/denoising.py) is their loss.
     """
 
-    def __init__(
-        self, moments: Tensor, captions: Sequence[str], weight: float = 1.0, fingerprint: str = ""
-    ):  # (N,MC,h,w)
+    def __init__(self, moments: Tensor, captions: Sequence[str], fingerprint: str = ""):  # (N,MC,h,w)
         if len(moments) == 0:
             raise ConfigError("there is no class picture: give num_class_images=100, or class_images=DIR with some.")
-        self.moments, self.captions, self.weight, self.fingerprint = moments, captions, weight, fingerprint
+        self.moments, self.captions, self.fingerprint = moments, captions, fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its part in a run's result."""
-        return {"fingerprint": self.fingerprint, "captions": sorted(set(self.captions)), "weight": self.weight}
+        return {"fingerprint": self.fingerprint, "captions": sorted(set(self.captions))}
 
     def drawn(self, seed: int, step: int, positions: Sequence[int]) -> tuple[Tensor, list[str]]:  # (B,MC,h,w)
         """One picture a position of the global batch, a function of (seed, step, position) like all draws."""
@@ -41,7 +39,7 @@ class PriorImages:
         return self.moments[chosen], [self.captions[i] for i in chosen]
 
 
-def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImages | None:
+def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> ClassImages | None:
     """The first num_class_images of class_shards= in memory; None without them. Without a caption: class_prompt=.
 
     autoencoder: the checkpoint folder whose autoencoder the run speaks. ConfigError where the latents are another's.
@@ -65,4 +63,4 @@ def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> PriorImag
     batches = [batch for batch, _ in sequential(shards, size, 64, fields=shards.reading.optional()) if batch]
     moments = torch.cat([b["latent"] for b in batches]) if batches else torch.empty(0)
     captions = [caption or prompt for b in batches for caption in b["caption"]]
-    return PriorImages(moments, captions, config["prior_weight"], shards.fingerprint)
+    return ClassImages(moments, captions, shards.fingerprint)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm.data.order import Geometry
+from ldm.errors import ConfigError
 
 
 def seed_of(*key: object) -> int:
@@ -46,22 +50,25 @@ def stratified(seed: int, purpose: str, step: int, positions: Sequence[int], tot
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Which samples of the global batch this process sees, and random numbers for them."""
+class Draws(Geometry):
+    """Which samples of the global batch this process sees, and the seed of random numbers for them."""
 
-    seed: int
-    batch_size: int
-    accumulate: int = 1
-    rank: int = 0
-    world_size: int = 1
+    seed: int = 0
 
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.accumulate * self.world_size
+    @classmethod
+    def of(cls, data: Any, seed: int) -> Draws:
+        """Draws for the batches of a datamodule, which says its `geometry`. ConfigError where it does not."""
+        geometry = getattr(data, "geometry", None)
+        if not isinstance(geometry, Geometry):
+            raise ConfigError(
+                f"{type(data).__name__} does not say how a global batch is cut, which random numbers depend on: train "
+                "with datamodule=ShardDataModule(...), or give yours a property `geometry` (ldm.data.order.Geometry)."
+            )
+        return cls(**asdict(geometry), seed=seed)
 
     def positions(self, batch_index: int, n: int) -> list[int]:
         """Positions in the global batch of a micro-batch of n samples."""
-        first = ((batch_index % self.accumulate) * self.world_size + self.rank) * self.batch_size
+        first = self.rows(batch_index % self.accumulate).start
         return list(range(first, first + n))
 
     def reseed_layers(self, step: int, batch_index: int) -> None:

@@ -7,10 +7,11 @@ from few import run as trained
 from tiny_training import config, make_data
 
 from ldm import Pipeline
-from ldm.checkpoints.components import build_components, check_builds
+from ldm.checkpoints.components import build_components
 from ldm.checkpoints.load import load_any
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
+from ldm.training.run.build import check_builds
 from ldm.training.run.fit import train_run
 
 OWN = """

@@ -13,7 +13,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian, GaussianMixture
 from ldm.diffusion.grids import leading, linspace
 from ldm.diffusion.levels import Level
-from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.loss import predict
 from ldm.diffusion.schedulers import EDM, Flow, ScaledLinear, Sigmoid
 from ldm.errors import ConfigError
 
@@ -207,7 +207,7 @@ def test_loss_of_the_exact_output_is_zero_and_weights_are_finite(scheduler, para
     weight = build("weighting", weighting)
     for offset, expected in ((0.0, 0.0), (0.1, 0.01)):
         denoiser = Denoiser(lambda x, t, c: p.target(x0, eps, level) + offset, scheduler, p)  # noqa: B023
-        loss = diffusion_loss(denoiser, weight, x0, Condition(), level, eps)
+        loss = predict(denoiser, x0, Condition(), level, eps).loss(weight)
         torch.testing.assert_close(loss, expected * weight(level.alpha, level.sigma, p), atol=1e-12, rtol=1e-6)
         assert loss.isfinite().all()
 

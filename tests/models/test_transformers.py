@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
-from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.loss import predict
 from ldm.errors import ConfigError
 from ldm.models.dit import DiT
 from ldm.models.mmdit import MMDiT, mean_of_tokens
@@ -279,7 +279,7 @@ def test_training_converges_to_the_exact_denoiser(option: str) -> None:
     for _ in range(300):
         x0, eps = law.sample(128, draws), torch.randn(128, 1, 2, 2, generator=draws)
         u = (torch.arange(128) + torch.rand(128, generator=draws)) / 128
-        diffusion_loss(denoiser, weighting, x0, cond, times(u, scheduler), eps).mean().backward()
+        predict(denoiser, x0, cond, times(u, scheduler), eps).loss(weighting).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

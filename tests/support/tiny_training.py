@@ -11,10 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import ldm.training.run.fit as training_run
-from ldm.config.root import register
+from ldm.config.root import plain, register
 from ldm.data.shards.writer import write_dataset
 from ldm.data.sources.shapes import ShapesSource
 from ldm.tasks.encode import encode_shards
@@ -32,7 +31,7 @@ def config(*overrides: str) -> dict[str, Any]:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides=[*TINY, *overrides])
-    return OmegaConf.to_container(composed, resolve=True)
+    return plain(composed)
 
 
 def make_data(folder: Path) -> tuple[Path, Path, Path]:

@@ -21,7 +21,7 @@ from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
 from ldm.tasks.prior import draw_class_pictures
 from ldm.training.masks import RandomMasks
-from ldm.training.prior import PriorImages, read_prior
+from ldm.training.prior import ClassImages, read_prior
 from ldm.training.randomness import Draws, normal, seed_of, uniform
 from ldm.training.run.build import build_module
 
@@ -33,7 +33,7 @@ def pictures(tmp_path_factory):
     return few.make_pictures(tmp_path_factory.mktemp("pictures"), 3)
 
 
-def module_of(small_base: Path, prior: PriorImages | None, **changes):
+def module_of(small_base: Path, prior: ClassImages | None, **changes):
     """The LightningModule on the base's weights, as a run would have it."""
     latents = small_base.parent / "latents"
     settings = config(f"shards={latents}", "times=uniform") | {"instance_prompt": "sks star"} | changes
@@ -53,8 +53,10 @@ def test_the_loss_is_instance_plus_weight_times_class(small_base):
     """Against the two losses by hand, each with a forward pass of its own; class draws have purposes of their own."""
     moments = latents_of(small_base, 8)
     names = ["a star", "a circle", "a square", "a cross", "a triangle"]  # each class picture has its own caption
-    prior = PriorImages(moments[3:], names, weight=0.7)
-    module = module_of(small_base, prior, caption_dropout=0.4, noises_per_image=2, batch_size=3, seed=5)
+    prior = ClassImages(moments[3:], names)
+    module = module_of(
+        small_base, prior, caption_dropout=0.4, noises_per_image=2, batch_size=3, seed=5, prior_weight=0.7
+    )
     batch = {"latent": moments[:3], "caption": ["", "", ""]}
 
     def by_hand(latent, captions, prefix):
@@ -65,7 +67,8 @@ def test_the_loss_is_instance_plus_weight_times_class(small_base):
         dropped = (uniform(5, f"{prefix}caption_dropout", 0, positions) < 0.4).tolist()
         cond = module.condition(["" if d else c for c, d in zip(captions, dropped, strict=True)]).repeat_interleave(2)
         times = uniform(5, f"{prefix}times", 0, pairs)
-        return module.loss(x0, cond, times, normal(x0.shape[1:], 5, f"{prefix}noise", 0, pairs))[0].mean()
+        prediction = module.predict(x0, cond, times, normal(x0.shape[1:], 5, f"{prefix}noise", 0, pairs))
+        return prediction.loss(module.weighting).mean()
 
     chosen = [seed_of(5, "prior", 0, p) % 5 for p in (0, 1, 2)]
     with torch.no_grad():
@@ -86,7 +89,7 @@ def test_the_loss_is_instance_plus_weight_times_class(small_base):
 def test_both_halves_are_one_forward_pass_and_ranks_are_micro_batches(small_base):
     """Two halves of the global batch, by accumulation or by ranks, have the gradient of the whole in the mean."""
     moments = latents_of(small_base, 10)
-    prior, batch = PriorImages(moments[4:], ["a star"] * 6), {"latent": moments[:4], "caption": [""] * 4}
+    prior, batch = ClassImages(moments[4:], ["a star"] * 6), {"latent": moments[:4], "caption": [""] * 4}
     whole = module_of(
         small_base, prior, batch_size=4, times={"_target_": "ldm.diffusion.times.Uniform", "stratified": True}
     )
@@ -96,11 +99,11 @@ def test_both_halves_are_one_forward_pass_and_ranks_are_micro_batches(small_base
         loss = whole.training_step(batch, 0)
         assert seen == [8]
         halves = [{k: v[s] for k, v in batch.items()} for s in (slice(0, 2), slice(2, 4))]
-        whole.draws = Draws(whole.draws.seed, 2, accumulate=2)
+        whole.draws = Draws(2, accumulate=2, seed=whole.draws.seed)
         accumulated = [whole.training_step(half, i) for i, half in enumerate(halves)]
         ranks = []
         for rank, half in enumerate(halves):
-            whole.draws = Draws(whole.draws.seed, 2, rank=rank, world_size=2)
+            whole.draws = Draws(2, rank=rank, world_size=2, seed=whole.draws.seed)
             ranks.append(whole.training_step(half, 0))
     assert torch.equal(torch.stack(accumulated), torch.stack(ranks))
     assert torch.stack(ranks).mean() == pytest.approx(loss.item(), abs=1e-6)
@@ -243,6 +246,6 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(small_base, tmp_path
 def test_masks_and_class_pictures_exclude_each_other(small_base):
     masking = {"_target_": f"{RandomMasks.__module__}.RandomMasks"}
     with pytest.raises(ConfigError, match="kept as latents"):
-        module_of(small_base, PriorImages(torch.zeros(1, 8, 4, 4), ["x"]), masking=masking)
+        module_of(small_base, ClassImages(torch.zeros(1, 8, 4, 4), ["x"]), masking=masking)
     with pytest.raises(ConfigError, match="no class picture"):
-        PriorImages(torch.zeros(0, 8, 4, 4), [])
+        ClassImages(torch.zeros(0, 8, 4, 4), [])

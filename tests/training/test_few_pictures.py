@@ -21,12 +21,12 @@ from ldm.data.shards.splits import open_split, split_names
 from ldm.data.shards.writer import write_dataset
 from ldm.data.sources.folder import FolderSource
 from ldm.errors import ConfigError
+from ldm.pictures import to_unit
 from ldm.run import quoted
 from ldm.tasks.encode import encode_shards
 from ldm.tasks.train import train
 from ldm.text.encoder import TextEncoder
 from ldm.text.templates import Templates, one_caption
-from ldm.training.autoencoder import to_unit
 from ldm.training.randomness import uniform
 
 pytestmark = pytest.mark.slow

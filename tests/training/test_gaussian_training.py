@@ -9,7 +9,7 @@ from torch import nn
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
-from ldm.diffusion.loss import diffusion_loss
+from ldm.diffusion.loss import predict
 from ldm.errors import ConfigError
 from ldm.training.run.fit import train_run
 
@@ -46,7 +46,7 @@ def test_training_converges_to_the_exact_denoiser(parameterization, scheduler):
     for _ in range(400):
         x0, eps = law.sample(512, draws), torch.randn(512, 1, 1, 1, generator=draws)
         u = (torch.arange(512) + torch.rand(512, generator=draws)) / 512
-        diffusion_loss(denoiser, weighting, x0, Condition(), times(u, scheduler), eps).mean().backward()
+        predict(denoiser, x0, Condition(), times(u, scheduler), eps).loss(weighting).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning as L
 
-from ldm.training.autoencoder import AutoencoderTraining, to_unit
+from ldm.pictures import to_unit
+from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.module import is_last_step, is_optimizer_step
 
 

@@ -13,9 +13,9 @@ from ldm.checkpoints.sampler import USUAL
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
-from ldm.pictures import film_strip, grid
+from ldm.pictures import film_strip, grid, to_unit
 from ldm.sampling import Request, Sampler, chosen_steps
-from ldm.training.autoencoder import AutoencoderTraining, to_unit
+from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_picture

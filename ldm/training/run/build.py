@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from ldm.build import build
-from ldm.checkpoints.components import Components, Config
-from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.module import Recipe, TrainedModule
-from ldm.training.prior import PriorImages
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm.adapters.textual_inversion import TextualInversion
+from ldm.build import as_literal, build
+from ldm.checkpoints.components import Components, Config, build_components
+from ldm.config.check import module_kind
+from ldm.config.root import reference
+from ldm.errors import ConfigError
+from ldm.training.module import TrainedModule
+from ldm.training.prior import ClassImages
 from ldm.training.randomness import Draws, seed_of
 from ldm.training.run.captions import caption_templates
 from ldm.training.solvers import training_solver
 
 
-def build_module(config: Config, parts: Components, prior: PriorImages | None = None) -> TrainedModule:
-    """The LightningModule of a configuration around its parts; `prior`: class pictures to train beside the others."""
-    recipe = Recipe(
-        build(config["optimizer"], "optimizer"),
-        build(config["lr_scheduler"], "lr_scheduler"),
-        build(config["ema"], "ema"),
-    )
-    draws = Draws(int(config["seed"]), config["batch_size"], config["accumulate"])
-    if config["module"] == "autoencoder":
-        return AutoencoderTraining(parts.autoencoder, recipe, draws, config["kl_weight"], config["reconstruction"])
-    assert parts.denoiser is not None and parts.text_encoder is not None
-    weighting = build(config["weighting"], "weighting")
-    weighting.check(parts.denoiser.scheduler)
-    return LatentDiffusion(
-        parts.denoiser,
-        parts.autoencoder,
-        parts.text_encoder,
-        weighting,
-        build(config["times"], "times"),
-        recipe,
-        draws,
-        config["caption_dropout"],
-        config["noises_per_image"],
-        build(config.get("masking"), "masking"),
-        parts.adapters,
-        caption_templates(config),
-        prior,
-        training_solver(config),
-    )
+def build_parts(config: Config, device: str = "cpu") -> Components:
+    """Fresh components for a configuration's module: an autoencoder alone, or all that a diffusion model is made of."""
+    return build_components(config, device=device, whole=module_kind(config) == "latent_diffusion")
+
+
+def build_module(config: Config, parts: Components, class_images: ClassImages | None = None) -> TrainedModule:
+    """The LightningModule of a configuration around its parts; class_images: to train on beside the others."""
+    handed: dict[str, Any] = {"autoencoder": parts.autoencoder}
+    if parts.denoiser is not None:
+        handed |= {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder, "adapters": parts.adapters}
+        handed |= {"templates": caption_templates(config), "class_images": class_images}
+        handed["solver"] = training_solver(config)
+    node = {"_target_": config["module"]["_target_"]}
+    module = build(node, "module", **built_arguments(config), **handed)
+    module.draws = Draws(config["batch_size"], config["accumulate"], seed=module.draws.seed)
+    return module
+
+
+def built_arguments(config: Config) -> dict[str, Any]:
+    """What the module's node says, built; an error names the key that it was said under, `optimizer` say."""
+    said = config["module"]
+    whole = OmegaConf.create({**as_literal({k: v for k, v in config.items() if k != "module"}), "module": said})
+    values: Any = OmegaConf.to_container(whole.module, resolve=True)
+    made = {}
+    for key, value in values.items():
+        path = reference(said[key]) or f"module.{key}"
+        if key != "_target_":
+            made[key] = build(value, path) if isinstance(value, Mapping) else value
+    return made
 
 
 def weight_seed(config: Config) -> int:
     """Seed of torch's global generator while fresh weights are drawn."""
     return seed_of(config["seed"], "weights")
+
+
+def check_builds(config: Config) -> None:
+    """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files.
+
+    And for what the module's node says: loss terms, optimizer, weighting.
+    """
+    built_arguments(config)
+    parts = build_parts(config, "meta")
+    for name, node in (config.get("adapter") or {}).items():
+        adapter = build(node, f"adapter.{name}")
+        if parts.denoiser is None or parts.text_encoder is None:
+            raise ConfigError(f"adapter=[{name}] belongs to module=latent_diffusion: leave it out here.")
+        if isinstance(adapter, TextualInversion):  # more can be said where the words are
+            adapter.readable(parts.text_encoder)
+        else:
+            adapter.attach(parts.network, parts.text_encoder)

@@ -10,13 +10,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from ldm.config.root import Root
+import yaml
+
+from ldm.config.check import module_kind
+from ldm.config.root import Root, conf_dir, without_references
 
 FORM = 2  # of what is written down; 1 named what decides, and missed some
 
 NOT_DECISIVE = (
     # where it is, what it is called, what happens around it, how long it is
     *("name", "outputs", "output", "task", "experiment", "debug", "local", "stages", "export", "max_steps", "logger"),
+    "loss",  # it stands in the module's node
     *("optimized_metric", "metric", "eval_images"),
     # paths, and what is made of them: their contents count (fingerprints of data, class pictures and checkpoints)
     *("shards", "images", "source", "checkpoint", "weights", "config", "adopt", "scheduler_config"),
@@ -67,8 +71,10 @@ def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
     Equal runs have equal ones: 2 processes of 8 and 16 in one, 1 and 1.0.
     """
     trained = {f.name for f in fields(Root) if "train" in f.metadata["tasks"]}
-    left_out = {*NOT_DECISIVE, *OF_THE_OTHER[config["module"]]}
+    kind = module_kind(config)
+    left_out = {*NOT_DECISIVE, *OF_THE_OTHER[kind]}
     found = {k: v for k, v in config.items() if k in trained - left_out}
+    found["module"] = _module(config["module"])
     data, trainer = config["data"], config["trainer"]
     accumulate = config["accumulate"]
     found["global_batch"] = config["batch_size"] * accumulate * world_size
@@ -80,12 +86,21 @@ def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
         **_without(trainer, TRAINER),
         "accumulate_by_config": trainer.get("accumulate_grad_batches", 1) / accumulate,
     }
-    watching = WATCHING if config["module"] == "autoencoder" else (*WATCHING, LATENTS)
+    watching = WATCHING if kind == "autoencoder" else (*WATCHING, LATENTS)
     callbacks = {k: v for k, v in (config["callbacks"] or {}).items() if v}
     found["callbacks"] = {k: v for k, v in callbacks.items() if v.get("_target_") not in watching}
     if isinstance(found.get("adapter"), Mapping):  # but for the format in which they leave
         found["adapter"] = {name: _without(node, ("format",)) for name, node in found["adapter"].items()}
     return _plain_numbers({"form": FORM, **found})
+
+
+def _module(node: Mapping[str, Any]) -> Any:
+    """The name of the option that a module's node is; what it says itself where it is none."""
+    said = without_references(node)
+    for file in sorted((conf_dir() / "module").glob("*.yaml")):
+        if said == without_references(yaml.safe_load(file.read_text(encoding="utf-8"))):
+            return file.stem
+    return said
 
 
 def _without(node: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
+from ldm.config.check import module_kind
 from ldm.config.root import digest
 from ldm.training.run.directory import read_json
 from ldm.training.run.logging import last_metrics
@@ -62,7 +63,7 @@ class WandbMirror(Logger):
             mode=mode,
             resume="allow" if mode == "online" else None,
             group=group or os.environ.get("WANDB_RUN_GROUP") or _group(config, about),
-            job_type=os.environ.get("WANDB_JOB_TYPE") or config["module"].removeprefix("latent_"),
+            job_type=os.environ.get("WANDB_JOB_TYPE") or module_kind(config).removeprefix("latent_"),
             tags=tags or [t for t in os.environ.get("WANDB_TAGS", "").split(",") if t] or None,
             notes=notes or os.environ.get("WANDB_NOTES"),
         )

@@ -1,0 +1,85 @@
+"""What a loss term is: a class with a forward, named in `losses` of conf/module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ldm.diffusion.loss import Prediction
+from ldm.diffusion.weightings import Weighting
+from ldm.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the terms of a denoising network's loss look at: a micro-batch of N = B x noises_per_image noised latents.
+
+    batch: as the loader gives it, B samples: "caption", and "image" uint8 (B,3,H,W) or "latent".
+    prediction: of the batch's own latents: x0, eps, level, x_t, output and the jump to x0, N of each.
+    class_prediction: the same of class pictures beside them (prior preservation), None without.
+    hidden: by name, what the layers gave that terms ask for, N of each.
+    """
+
+    batch: dict[str, Any]
+    prediction: Prediction
+    weighting: Weighting
+    class_prediction: Prediction | None
+    hidden: dict[str, Tensor]
+
+
+class LossTerm(nn.Module):
+    """One term of a denoising network's loss. What it has of parameters is trained and saved with the network.
+
+    weight: what it counts beside the others.
+    layers: names of the network's submodules whose outputs it wants in `step.hidden`.
+    needs_class_images: without class pictures it is left out.
+    """
+
+    weight: float = 1.0
+    needs_class_images: ClassVar[bool] = False
+    layers: tuple[str, ...] = ()
+
+    def forward(self, step: Step) -> Tensor:  # -> (N,)
+        raise NotImplementedError(f"{type(self).__name__} must say what it measures.")
+
+    def start(self) -> None:
+        """Called once before the first step: what takes time or memory to open is opened here."""
+
+
+class PictureTerm(nn.Module):
+    """One term of an autoencoder's loss, on what it gives back of the pictures that it was given."""
+
+    weight: float = 1.0
+
+    def forward(self, output: Tensor, images: Tensor) -> Tensor:  # (B,3,H,W) float32, in [-1, 1] where real -> (B,)
+        raise NotImplementedError(f"{type(self).__name__} must say what it measures.")
+
+
+def check_layers(network: nn.Module, terms: Mapping[str, LossTerm]) -> None:
+    """ConfigError for a layer that the network does not have."""
+    names = [name for name, _ in network.named_modules() if name]
+    for term, layer in ((n, layer) for n, t in terms.items() for layer in t.layers):
+        if layer not in names:
+            blocks = [n for n, m in network.named_modules() if "." in n and n.count(".") == 1 and n[-1].isdigit()]
+            raise ConfigError(
+                f"module.losses.{term}.layer={layer}: {type(network).__name__} has no such layer."
+                f"{nearest(layer, names)} There is {', '.join(blocks[:6] or names[:6])} ..."
+            )
+
+
+@contextmanager
+def hidden_states(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, a dictionary of what the named submodules give."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def keep(module: nn.Module, inputs: Any, output: Any, layer: str = layer) -> None:
+                found[layer] = output[0] if isinstance(output, tuple) else output
+
+            stack.callback(network.get_submodule(layer).register_forward_hook(keep).remove)
+        yield found
