@@ -40,10 +40,10 @@ def _load(autoencoder: Autoencoder, text_encoder: TextEncoder | None, filled: se
         load_text_encoder(text_encoder, text_encoder.pretrained)
 
 
-def check_pretrained(config: Mapping[str, Any], needs_autoencoder: bool) -> None:
-    """One ConfigError naming all published weights that cannot be had, before any data are read."""
-    wanted = [("autoencoder", _autoencoder_folder)] if needs_autoencoder else []
-    if config["module"] == "latent_diffusion":
+def check_pretrained(config: Mapping[str, Any], autoencoder: bool, text_encoder: bool) -> None:
+    """One ConfigError naming all published weights, of what is needed, that cannot be had; before any data are read."""
+    wanted = [("autoencoder", _autoencoder_folder)] if autoencoder else []
+    if text_encoder:
         wanted.append(("text_encoder", _text_encoder_folder))
     missing = []
     for node, folder_of in wanted:

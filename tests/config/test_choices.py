@@ -93,7 +93,7 @@ def test_entries_that_nothing_was_chosen_for(chosen, tmp_path, group):
 
 def test_what_must_be_something_is_refused_in_one_line(chosen):
     for group in group_names():
-        if group in (*CAN_BE_EMPTY, "task", "adapter", *FREE):
+        if group in (*CAN_BE_EMPTY, "task", "adapter", "loss", *FREE):
             continue
         for word in ("null", "none", "[]"):
             refused = chosen("experiment=quickstart", f"{group}={word}")
@@ -103,7 +103,7 @@ def test_what_must_be_something_is_refused_in_one_line(chosen):
 
 def test_every_group_has_a_rule():
     assert {g for g in group_names() if (conf_dir() / g).is_dir()} == set(group_names())
-    for group in (*FREE, "adapter"):
+    for group in (*FREE, "adapter", "loss"):
         assert [said_in_words(f"{group}={word}") for word in NOTHING] == [f"{group}=[]"] * 3
     assert said_in_words("ema=null,decay") == "ema=none,decay" and said_in_words("prompt=none") == "prompt=none"
 

@@ -51,7 +51,7 @@ def resolve(given: dict[str, Any]) -> Job:
     check_frozen_dtype(given)
     if not given["checkpoint"]:
         has_latents = bool(given["shards"]) and (Path(given["shards"]) / "autoencoder").is_dir()
-        check_pretrained(given, needs_autoencoder=not has_latents)
+        check_pretrained(given, not has_latents, module_kind(given) == "latent_diffusion")
     data = _open_data(given)
     config = _with_data(given, data)
     start = _starting_checkpoints(config, data)
