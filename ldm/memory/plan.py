@@ -18,9 +18,9 @@ from ldm.sampling import DECODED_AT_ONCE
 from ldm.text.encoder import CLIPTokenized
 from ldm.text.tokenizer import build_tokenizer
 from ldm.training import adamw8bit, muon
-from ldm.training.frozen import DTYPES, cast_frozen, check_frozen_dtype
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.run.build import build_module, build_parts
+from ldm.training.run.frozen import DTYPES, cast_frozen, check_frozen_dtype
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

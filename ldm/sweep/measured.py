@@ -10,8 +10,8 @@ import torch
 from ldm.build import build
 from ldm.config.check import module_kind
 from ldm.errors import SweepError, nearest
-from ldm.training.prior import ClassImages
 from ldm.training.run.build import build_module, build_parts
+from ldm.training.run.class_images import ClassImages
 
 Names = set[str]
 UNKNOWN = "*"  # among names: something of the user's own measures what cannot be known beforehand

@@ -31,8 +31,8 @@ from ldm.training.losses.denoising import Denoising
 from ldm.training.losses.term import LossTerm, Step, check_layers, hidden_states
 from ldm.training.masks import RandomMasks
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
-from ldm.training.prior import ClassImages
 from ldm.training.randomness import normal, stratified, uniform
+from ldm.training.run.class_images import ClassImages
 from ldm.training.totals import Totals, bin_times, binned
 
 # Standardised latents have mean 0 and deviation 1 in every channel.

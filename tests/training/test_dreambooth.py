@@ -21,9 +21,9 @@ from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
 from ldm.tasks.prior import draw_class_pictures
 from ldm.training.masks import RandomMasks
-from ldm.training.prior import ClassImages, read_prior
 from ldm.training.randomness import Draws, normal, seed_of, uniform
 from ldm.training.run.build import build_module
+from ldm.training.run.class_images import ClassImages, read_class_images
 
 pytestmark = pytest.mark.slow
 
@@ -192,18 +192,18 @@ def test_the_experiment_reuses_what_it_made_and_resumes_exactly(small_base, pict
     identity = json.loads((whole / "run.json").read_text())["identity"]["prior"]
     assert identity["captions"] == ["a star"] and identity["weight"] == 1.0 and len(identity["fingerprint"]) == 64
     # Fewer class pictures are the first of those that are there: what else lies in the folder changes nothing.
-    some = read_prior({**settings, "num_class_images": 2}, None)
-    every = read_prior(settings, None)
+    some = read_class_images({**settings, "num_class_images": 2}, None)
+    every = read_class_images(settings, None)
     assert every.captions == ["a star"] * 5 and len(every.moments) == 5 and torch.equal(some.moments, every.moments[:2])
     # The trained model is a model like any other.
     assert Pipeline.load(whole).sample("a photo of sks star", num_steps=2).isfinite().all()
     # Latents of another autoencoder, or of no class, are refused.
     with pytest.raises(ConfigError, match="another autoencoder"):
-        read_prior({**settings, "image_size": 64}, None)
+        read_class_images({**settings, "image_size": 64}, None)
     with pytest.raises(ConfigError, match="say which, class_prompt="):
-        read_prior({**settings, "class_prompt": None}, None)
+        read_class_images({**settings, "class_prompt": None}, None)
     with pytest.raises(ConfigError, match="holds images"):
-        read_prior({**settings, "class_shards": str(small_base.parent / "shards")}, None)
+        read_class_images({**settings, "class_shards": str(small_base.parent / "shards")}, None)
 
 
 def test_a_published_model_draws_its_class_with_its_own_sampler(sd1_folder, tmp_path):

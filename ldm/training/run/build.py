@@ -14,9 +14,9 @@ from ldm.config.check import module_kind
 from ldm.config.root import reference
 from ldm.errors import ConfigError
 from ldm.training.module import TrainedModule
-from ldm.training.prior import ClassImages
 from ldm.training.randomness import Draws, seed_of
 from ldm.training.run.captions import caption_templates
+from ldm.training.run.class_images import ClassImages
 from ldm.training.solvers import training_solver
 
 

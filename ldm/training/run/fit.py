@@ -22,12 +22,12 @@ from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
 from ldm.training.distributed.meeting import launch
 from ldm.training.distributed.strategy import launched, opened
-from ldm.training.frozen import DTYPES, cast_frozen, keep_originals
 from ldm.training.module import TrainedModule
 from ldm.training.run.build import build_module, build_parts, weight_seed
 from ldm.training.run.captions import captions_read, refuse_unsaid
 from ldm.training.run.checkpoint_io import FolderCheckpointIO
 from ldm.training.run.directory import RunDirectory
+from ldm.training.run.frozen import DTYPES, cast_frozen, keep_originals
 from ldm.training.run.job import Job, agree, remark_on_few, resolve
 from ldm.training.run.logging import RunLogger, last_metrics, silence_advertisements
 

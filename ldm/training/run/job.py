@@ -19,9 +19,9 @@ from ldm.text.templates import Templates
 from ldm.training.distributed import processes
 from ldm.training.distributed.meeting import launch
 from ldm.training.distributed.strategy import check_trainer
-from ldm.training.frozen import check_frozen_dtype
-from ldm.training.prior import ClassImages, read_prior
 from ldm.training.run.captions import caption_templates, captions_read, class_names, reads_captions, words_of
+from ldm.training.run.class_images import ClassImages, read_class_images
+from ldm.training.run.frozen import check_frozen_dtype
 from ldm.training.run.identity import decisive
 
 
@@ -58,7 +58,7 @@ def resolve(given: dict[str, Any]) -> Job:
     templates, class_images, tokenizer = None, None, None
     if module_kind(config) == "latent_diffusion":
         templates = caption_templates(config)
-        class_images = read_prior(config, start.get("latents", start.get("given")))
+        class_images = read_class_images(config, start.get("latents", start.get("given")))
         node = config["text_encoder"]
         tokenizer, node = words_of(node, captions_read(data, templates), start.get("given"))
         if "classes" in node:

@@ -39,7 +39,7 @@ class ClassImages:
         return self.moments[chosen], [self.captions[i] for i in chosen]
 
 
-def read_prior(config: Mapping[str, Any], autoencoder: Path | None) -> ClassImages | None:
+def read_class_images(config: Mapping[str, Any], autoencoder: Path | None) -> ClassImages | None:
     """The first num_class_images of class_shards= in memory; None without them. Without a caption: class_prompt=.
 
     autoencoder: the checkpoint folder whose autoencoder the run speaks. ConfigError where the latents are another's.
