@@ -64,7 +64,7 @@ def kinds(folder: Path) -> dict[str, Any]:
     return {
         "a loader of an allowed package": {"autoencoder": loader},
         "a deleter of the standard library": {"model": {"_target_": "shutil.rmtree", "path": prey}},
-        "a deleter through a package": {"model": {"_target_": "ldm.tasks.train.shutil.rmtree", "path": prey}},
+        "a deleter through a package": {"model": {"_target_": "ldm.tasks.training.runs.shutil.rmtree", "path": prey}},
         "a writer of ours": {"model": {"_target_": "ldm.training.run.directory.write_json", "path": prey, "value": 1}},
         "a task": {"model": {"_target_": "ldm.tasks.prepare.prepare", "config": {}}},
         "an unbound method": {"scheduler": {"_target_": "lightning.pytorch.Trainer.test", "self": None}},
@@ -96,7 +96,8 @@ TARGETS = [
     *("os.system", "os.remove", "shutil.rmtree", "builtins.eval", "subprocess.Popen", "torch.load", "pickle.loads"),
     *("lightning.fabric.utilities.cloud_io._load", "lightning.pytorch.Trainer", "torch.nn.Linear", "torch.hub.load"),
     *("torchmetrics.MeanMetric", "torch.optim.AdamW", f"{MODULE}.X", "hydra.utils.instantiate", "ldm.build.build"),
-    *("ldm.training.run.directory.write_json", "ldm.tasks.train.shutil.rmtree", "ldm.models.unet.UNet", "", "ldm"),
+    *("ldm.training.run.directory.write_json", "ldm.tasks.training.runs.shutil.rmtree", "ldm", ""),
+    "ldm.models.unet.UNet",
     *("ldm.models.unet.UNet.forward", "ldm.diffusion.schedulers.Cosine", "ldm.text.small.SmallTextEncoder", None, 3),
     *("ldm.adapters.lora.LoRA", "ldm.data.sources.folder.FolderSource", "ldm.checkpoints.folder.find", [], "${x}"),
 ]

@@ -170,7 +170,7 @@ def test_what_a_run_measures_is_known_before(tiny_run):
     from hydra import compose, initialize_config_dir
 
     from ldm.config.root import conf_dir, register
-    from ldm.tasks.train import Stages
+    from ldm.tasks.training.stages import Stages
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

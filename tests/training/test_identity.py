@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ldm.config.check import module_kind
 from ldm.config.root import conf_dir, digest, plain, register
 from ldm.errors import ConfigError
-from ldm.tasks.train import Stages
+from ldm.tasks.training.stages import Stages
 from ldm.training.run.directory import RunDirectory
 from ldm.training.run.identity import decisive
 

@@ -1,0 +1,258 @@
+"""The stages of one command: each a function of its configuration; results are shared by content."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.build import as_literal, build
+from ldm.checkpoints.stages import alone
+from ldm.config.check import check
+from ldm.config.choices import drop_leftovers
+from ldm.config.root import option, plain
+from ldm.data.fields import fields_of
+from ldm.data.shards.splits import open_split
+from ldm.data.shards.writer import Written
+from ldm.errors import ConfigError, nearest
+from ldm.report import write_report
+from ldm.sweep.measured import check_optimized, of_evaluation, of_training
+from ldm.tasks.encode import encode_shards
+from ldm.tasks.evaluate import built_metrics, evaluate_run
+from ldm.tasks.prepare import prepare_shards
+from ldm.tasks.training.prior import class_latents
+from ldm.tasks.training.runs import say, trained
+from ldm.training.distributed import processes
+from ldm.training.run.build import built_arguments, check_builds
+from ldm.training.run.captions import caption_templates, reads_captions
+from ldm.training.run.directory import write_json
+from ldm.training.run.fit import train_run
+
+
+@dataclass
+class Made:
+    """What a stage gives."""
+
+    told: dict[str, Any]  # for the report: path, samples ...
+    passes: dict[str, Any] = field(default_factory=dict)  # keys of the configuration for the stages behind it
+    metrics: dict[str, float] = field(default_factory=dict)
+    run: Path | None = None  # of what it trained
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the stages are stages of."""
+
+    config: DictConfig  # before any stage's changes
+    job_dir: Path | None  # of an arm of a sweep
+    stages: tuple[str, ...]
+
+
+def prior(values: dict[str, Any], command: Command) -> Made:
+    """Class pictures drawn by the model that is started from, as latents."""
+    if command.config.class_shards:
+        return Made({"path": command.config.class_shards})
+    if "prepare" in command.stages and not command.config.shards:
+        build(values["source"], "source").identity()  # no pictures: said before others are drawn for minutes
+    written = _written("prior", values, lambda: class_latents(values))
+    return Made({k: written[k] for k in ("path", "samples")}, {"class_shards": written["path"]})
+
+
+def prepare(values: dict[str, Any], command: Command) -> Made:
+    """Shards of the source's pictures."""
+    if command.config.shards:  # they are there already
+        return Made({"path": command.config.shards})
+    templates = caption_templates(values)
+    if templates is not None and not templates.needs_captions and "uncaptioned" in values["source"]:
+        values["source"]["uncaptioned"] = True
+    written = _written("prepare", values, lambda: prepare_shards(values))
+    passes = {"shards": written["path"]}
+    if command.config.image_size is None:
+        passes["image_size"] = written["facts"].get("image_size")
+    return Made(written, passes)
+
+
+def autoencoder(values: dict[str, Any], command: Command) -> Made:
+    """A first stage, trained once for all runs that agree on what decides it."""
+    folder = Path(values["outputs"]) / "stages"
+    finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
+    say(finished)
+    metrics = {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
+    told = {"path": str(finished.path), "step": finished.step}
+    return Made(told, {"checkpoint": str(finished.path)}, metrics, finished.path)
+
+
+def encode(values: dict[str, Any], command: Command) -> Made:
+    """Shards of latents."""
+    if open_split(values["shards"], "train", fields=fields_of(values["data"])).kind == "latent":
+        return Made({"path": values["shards"]})
+    written = _written("encode", values, lambda: encode_shards(values))
+    # The latents bring their autoencoder along.
+    passes = {"shards": written["path"], "checkpoint": command.config.checkpoint}
+    return Made({k: written[k] for k in ("path", "samples")}, passes)
+
+
+def diffusion(values: dict[str, Any], command: Command) -> Made:
+    """The run itself."""
+    finished = trained(command.config, values, command.job_dir)
+    told = {"path": str(finished.path), "step": finished.step}
+    return Made(told, {"checkpoint": str(finished.path)}, finished.metrics, finished.path)
+
+
+def evaluate(values: dict[str, Any], command: Command) -> Made:
+    """Scores of what was trained last, or is given."""
+    # Runs of all seeds are scored on the same draws, which task=evaluate of any of them makes too.
+    values["seed"] = (command.config.stages.evaluate or {}).get("seed", 0)
+
+    def score() -> tuple[dict[str, float], str]:
+        with alone(values["outputs"], "evaluate"):
+            metrics, output = evaluate_run(values)
+        return metrics, str(output)
+
+    metrics, output = processes.by_first(score)
+    return Made({"path": output}, metrics=metrics)
+
+
+def report(values: dict[str, Any], command: Command) -> Made:
+    """The page of the run; `Stages` writes it when all is made."""
+    return Made({})
+
+
+STAGES: dict[str, Callable[[dict[str, Any], Command], Made]] = {  # in order
+    "prior": prior,
+    "prepare": prepare,
+    "autoencoder": autoencoder,
+    "encode": encode,
+    "diffusion": diffusion,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+class Stages:
+    """The stages of one command. Each has its own changes to the configuration; results are shared by content.
+
+    shards, autoencoder and latents live in outputs/stages/, named by a digest of what decides them, so that another
+    run or another arm of a sweep finds them; the diffusion model is the run itself.
+    """
+
+    def __init__(self, config: DictConfig, job_dir: Path | None):
+        self.config = config
+        self.made: dict[str, Any] = {}  # stage -> what the report tells of it
+        self.found: dict[str, Any] = {}  # keys that earlier stages pass on
+        self.run_directory = Path()  # of what was trained last: the report's place
+        unknown = [s for s in config.stages if s not in STAGES]
+        if unknown:
+            raise ConfigError(
+                f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], list(STAGES))} {', '.join(STAGES)}."
+            )
+        self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
+        if config.checkpoint and {"autoencoder", "diffusion"} <= set(self.stages):
+            self.stages.remove("autoencoder")  # another one would not be that which the checkpoint's model knows
+        self.command = Command(config, job_dir, tuple(self.stages))
+        self._check_inputs()
+        for stage in self.stages:
+            check(self.configured(stage))
+            if stage in ("autoencoder", "diffusion"):
+                built_arguments(plain(self.configured(stage)))
+            if stage == "evaluate":  # refused now, not after hours
+                built_metrics(plain(self.configured(stage))["metric"])
+        check_builds(plain(self.configured(self.stages[-1])))
+        if config.optimized_metric:
+            check_optimized(config.optimized_metric, self.measured())
+
+    def _check_inputs(self) -> None:
+        """ConfigError where a stage that is left out would have made what a later one needs."""
+        trains = [s for s in ("autoencoder", "diffusion") if s in self.stages]
+        given, model = bool(self.config.shards), bool(self.config.checkpoint or trains)
+        lacking = {s: "data: leave stages.prepare on, give shards=PATH" for s in ("autoencoder", "encode", "diffusion")}
+        if given or "prepare" in self.stages:
+            lacking = {}
+        if not (given or self.config.checkpoint or "autoencoder" in self.stages):
+            lacking["encode"] = "a trained autoencoder: leave stages.autoencoder on, give checkpoint=RUN"
+        if not model:
+            lacking["evaluate"] = "a model: leave stages.diffusion or stages.autoencoder on, give checkpoint=RUN"
+        if not trains:
+            lacking["report"] = "a run: leave stages.diffusion or stages.autoencoder on"
+        for stage in self.stages:
+            if stage in lacking:
+                raise ConfigError(f"stages.{stage} needs {lacking[stage]}, or leave it out, stages.{stage}=false.")
+        if not self.stages:
+            raise ConfigError("every stage is left out, so there is nothing to do: leave one of stages. on.")
+
+    def run(self) -> dict[str, float]:
+        self._require_captions()
+        metrics: dict[str, float] = {}
+        for stage in self.stages:
+            started = time.time()
+            values = plain(self.configured(stage))
+            if processes.is_first():
+                print(f"--- {stage}", flush=True)
+            if stage == "evaluate":  # where no diffusion model is, the autoencoder is scored
+                values["checkpoint"] = values["checkpoint"] or str(self.run_directory)
+            made = STAGES[stage](values, self.command)
+            self.found |= made.passes
+            self.run_directory = made.run or self.run_directory
+            metrics |= made.metrics
+            self.made[stage] = {**made.told, "seconds": round(time.time() - started, 1)}
+        if "report" in self.stages:
+            processes.by_first(self._report)
+        return metrics
+
+    def _require_captions(self) -> None:
+        """What the last stage would miss is said before the first one trains."""
+        if self.config.shards and "diffusion" in self.stages:
+            values = plain(self.configured("diffusion"))
+            if reads_captions(values):
+                build(values["data"], "data").require_captions()
+
+    def measured(self) -> set[str]:
+        """Names of all that `run` will give."""
+        names: set[str] = set()
+        for stage in self.stages:
+            values = plain(self.configured(stage))
+            if stage == "autoencoder":
+                names |= {f"autoencoder/{n}" for n in of_training(values) if not n.startswith("train/")}
+            elif stage == "diffusion":
+                names |= of_training(values)
+            elif stage == "evaluate":
+                names |= of_evaluation(values["metric"])
+        return names
+
+    def configured(self, stage: str) -> DictConfig:
+        """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
+        changes = self.config.stages[stage] or {}
+        merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
+        assert isinstance(merged, DictConfig)
+        if stage == "autoencoder":  # its own module, all of which is trained
+            merged.module = OmegaConf.merge(option("module", "autoencoder"), changes.get("module", {}))
+            merged.frozen_dtype = "float32"
+        merged.stages = {}
+        drop_leftovers(merged)
+        return merged
+
+    def _report(self) -> None:
+        for made in self.made.values():  # relative to the run, so that outputs/ may move as a whole
+            if "path" in made:
+                made["path"] = os.path.relpath(made["path"], self.run_directory)
+        write_json(self.run_directory / "stages.json", self.made)
+        path = write_report(self.run_directory)
+        print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")
+
+
+def _written(stage: str, values: dict[str, Any], make: Callable[[], Written]) -> dict[str, Any]:
+    """Shards that the first process makes, one at a time of all that share these outputs."""
+
+    def written() -> dict[str, Any]:
+        with alone(values["outputs"], stage):
+            made = make()
+        print(made, flush=True)
+        found = {"path": str(made.output), "samples": made.samples, "facts": made.facts}
+        return {**found, "rejected": dict(made.rejected)}
+
+    return processes.by_first(written)
