@@ -37,7 +37,7 @@ def fifty(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
-    """A small Stable Diffusion 1 as on the hub (tests/support/published_models.py). Never write in it."""
+    """A small Stable Diffusion 1 as on the hub (tests/support/published.py). Never write in it."""
     return _published(tmp_path_factory, "sd1")
 
 
@@ -54,7 +54,7 @@ def sd2_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_is_published(monkeypatch):
-    """As if tests/support/published_models.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
+    """As if tests/support/published.py's sizes were Stable Diffusion's own, so that shapes alone are enough."""
     from ldm.formats import published  # what it imports takes seconds
 
     widths = (32, 64, 64, 64)
@@ -67,6 +67,6 @@ def small_is_published(monkeypatch):
 
 
 def _published(factory, name: str) -> Path:
-    import published_models  # diffusers takes seconds to import
+    import published as published_models  # diffusers takes seconds to import
 
     return published_models.save(getattr(published_models, name)(), factory.mktemp("published") / name)

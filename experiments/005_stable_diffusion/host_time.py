@@ -2,7 +2,7 @@
 
     python experiments/005_stable_diffusion/host_time.py [REPEATS]
 
-Both load the same small folder (tests/support/published_models.py) and draw pictures of 512x512 (latents 4x64x64) with
+Both load the same small folder (tests/support/published.py) and draw pictures of 512x512 (latents 4x64x64) with
 guidance 7.5; their U-Nets are replaced by one that returns a tensor made before, so that what is left is the loop. One
 thread; processor time, so that other work on a shared machine is not counted.
 `arithmetic` is DDIM's textbook formulas written out, with all numbers known beforehand.

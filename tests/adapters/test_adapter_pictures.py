@@ -2,10 +2,10 @@
 
 import diffusers
 import peft
-import published_models
+import published as published_models
 import pytest
 import torch
-from published_models import same
+from published import same
 
 from ldm import Pipeline
 from ldm.adapters.content import Embedding

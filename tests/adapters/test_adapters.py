@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from format_checks import conf
-from published_models import tokenizer
+from published import tokenizer
 from torch import nn
 
 from ldm.adapters.adapter import Adapter

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import published_models
+import published as published_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

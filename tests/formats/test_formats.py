@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import diffusers
 import huggingface_hub
-import published_models
+import published as published_models
 import pytest
 import torch
 from format_checks import NODES, PROMPTS, aligned, assert_same, conf, filled, hub_copy, same

@@ -1,11 +1,11 @@
 """The same checkpoint, prompt and seed give the picture that diffusers' pipelines give."""
 
 import diffusers
-import published_models
+import published as published_models
 import pytest
 import torch
 from PIL import Image
-from published_models import same
+from published import same
 
 from ldm import Pipeline
 from ldm.errors import ConfigError

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
-from published_models import TABLE as SD
+from published import TABLE as SD
 
 from ldm.checkpoints.sampler import solver_of
 from ldm.errors import ConfigError

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import diffusers
-import published_models
+import published as published_models
 import pytest
 import torch
 from commands import here

@@ -13,7 +13,11 @@ from ldm.training.run.directory import RunDirectory
 from ldm.training.run.wandb_mirror import WandbMirror, add_scores
 
 BLOCK = 32768  # of LevelDB's log: crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last), data
-CONFIG = {"name": None, "experiment": "law", "module": "latent_diffusion", "batch_size": 4, "accumulate": 2}
+MODULES = {
+    "latent_diffusion": {"_target_": "ldm.training.latent_diffusion.LatentDiffusion"},
+    "autoencoder": {"_target_": "ldm.training.autoencoder.AutoencoderTraining"},
+}
+CONFIG = {"name": None, "experiment": "law", "module": MODULES["latent_diffusion"], "batch_size": 4, "accumulate": 2}
 
 
 def records(file: Path):
@@ -85,7 +89,7 @@ def test_who_a_run_is_and_where_it_belongs(tmp_path, monkeypatch):
     # Another machine with the same path and command has another id; the other stage of the command the same group.
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "p,q")
-    other, *_ = logged(tmp_path / "b/run", config={**CONFIG, "module": "autoencoder"})
+    other, *_ = logged(tmp_path / "b/run", config={**CONFIG, "module": MODULES["autoencoder"]})
     assert other.run_id != run.run_id and other.run_group == run.run_group and other.run_group.startswith("law-")
     assert (other.job_type, other.project, list(other.tags)) == ("autoencoder", "theirs", ["p", "q"])
     # The same run, resumed after whatever ended it, keeps its id; a group that is given is taken.
