@@ -49,7 +49,11 @@ def run(arguments: Sequence[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         from ldm.config.help import help_text
 
-        print(help_text(conf_dir()))
+        try:
+            print(help_text(conf_dir(), arguments))
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     os.environ["LDM_COMMAND"] = shlex.join(["python", "-m", "ldm.run", *arguments])  # for run.json
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
