@@ -1,4 +1,4 @@
-"""debug=... goes with the lines that README teaches: one's own pictures, and a model to start from."""
+"""debug=... goes with the lines that README and docs/tasks.md teach: one's own pictures, and a model to start from."""
 
 import json
 from pathlib import Path
