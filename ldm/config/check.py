@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.root import FROZEN_DTYPES, Root, plain, without_references
+from ldm.config.root import FROZEN_DTYPES, Root, plain, reference
 from ldm.errors import ConfigError, nearest
 
 
@@ -38,7 +38,9 @@ def check(config: DictConfig, task: str | None = None) -> None:
         problems.append(f"prior_weight={config.prior_weight}: must be at least 0; 1 is usual.")
     for name, node in plain(config).items():
         if name == "module" and name not in others:  # what it refers to is looked at where it stands
-            problems += check_node(name, {**without_references(node), "_partial_": True})
+            said = OmegaConf.to_container(config.module, resolve=True)
+            own = {k: said[k] for k, v in node.items() if reference(v) is None}  # type: ignore[index, call-overload]
+            problems += check_node(name, {**own, "_partial_": True})
         elif isinstance(node, Mapping) and name not in others:
             problems += check_node(str(name), node)
     if problems:
