@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ldm.config.help import said_of
+
 DOCS = Path(__file__).parent
 CONF = DOCS.parent / "conf"
 HEAD = """\
@@ -12,18 +14,12 @@ What a file sets is a key too: `group.key=value`.
 """
 
 
-def about(path: Path) -> str:
-    """The first comment line of an option's file, empty where the file opens with none."""
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
-    return lines[0].removeprefix("# ").rstrip(":") if lines and lines[0].startswith("# ") else ""
-
-
 def options() -> str:
     """The text of options.md."""
     lines = [HEAD]
     for group in sorted(p for p in CONF.iterdir() if p.is_dir() and p.name != "local"):
         lines += [f"## {group.name}", "", "| option | is |", "|---|---|"]
-        lines += [f"| `{p.stem}` | {about(p).replace('|', chr(92) + '|')} |" for p in sorted(group.glob("*.yaml"))]
+        lines += [f"| `{p.stem}` | {said_of(p).replace('|', chr(92) + '|')} |" for p in sorted(group.glob("*.yaml"))]
         lines.append("")
     return "\n".join(lines)
 

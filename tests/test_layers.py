@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the ground up; a module belongs to the longest prefix that fits it.
 ROOMS = [
     "ldm.errors",
+    "ldm.atomic",
     "ldm.untrusted",
     "ldm.diffusion",
     "ldm.models",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ldm.allowed import read_allowed
+from ldm.atomic import sync
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES, State
 from ldm.formats.files.open import load
@@ -68,10 +69,10 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
     manifest = {"format": FORMAT, "step": step, "files": {n: known.get(n) or _entry(p) for n, p in files.items()}}
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in [*files.values(), part / "manifest.json", part]:
-        _sync(path)
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
@@ -213,11 +214,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -20,6 +20,7 @@ from ldm.errors import ConfigError
 from ldm.formats import checkpoint as foreign
 from ldm.formats import schedulers
 from ldm.formats.content import DIFFUSION_NODES, Stored
+from ldm.models.inputs import inpainting_channels
 
 
 def open_any(path: str | Path, weights: str = "ema", config: str | Path | None = None, whole: bool = True) -> Stored:
@@ -103,7 +104,7 @@ def built(stored: Stored, device: str = "cpu") -> Components:
     return parts
 
 
-def adopted(folder: Path) -> dict[str, Any]:
+def adopted(folder: Path, repaints: bool = False) -> dict[str, Any]:
     """The nodes that a run takes over from a checkpoint folder of ours, so that its parts fit as they are."""
     saved = read_config(folder)
     states = load_parts(folder)
@@ -117,4 +118,6 @@ def adopted(folder: Path) -> dict[str, Any]:
     for node in nodes.values():
         if "pretrained" in node:
             node["pretrained"] = None  # the checkpoint has the weights
+    if repaints:  # it sees a mask and a masked latent too; fresh channels start at zero
+        nodes["model"]["in_channels"] = inpainting_channels(nodes["model"].get("out_channels", 4))
     return {**nodes, "image_size": saved.get("image_size"), "scheduler_config": saved.get("scheduler_config")}

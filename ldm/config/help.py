@@ -40,14 +40,9 @@ def help_text(conf: Path, asked: Sequence[str] = ()) -> str:
 
 
 def said_of(file: Path) -> str:
-    """The opening comment of an option's YAML, in one line."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line.lstrip("# ").strip())
-    return " ".join(lines)
+    """The first comment line of an option's YAML, empty where it opens with none."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
+    return lines[0].removeprefix("# ").rstrip(":") if lines and lines[0].startswith("# ") else ""
 
 
 def _everything(conf: Path) -> str:

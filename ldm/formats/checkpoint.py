@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
 from ldm.formats import kinds, published, run_config
 from ldm.formats.content import PARTS, Stored
 from ldm.formats.diffusers import folder as diffusers_folder
 from ldm.formats.diffusers.folder import Described
 from ldm.formats.files import hub
-from ldm.formats.files.atomic import atomic_write
 from ldm.formats.files.open import float32, load
 from ldm.formats.files.store import cast, save_tensors
 from ldm.formats.keys.plain_names import plain

@@ -19,7 +19,6 @@ from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.kinds import is_ours
 from ldm.memory.plan import Plan
 from ldm.memory.plan import plan as make_plan
-from ldm.models.inputs import inpainting_channels
 from ldm.training.distributed.strategy import check_strategy
 
 GIB = 2**30
@@ -78,9 +77,7 @@ def _adopt(config: DictConfig) -> None:
             f"task=plan writes nothing, so it does not convert checkpoint={config.checkpoint}: leave it out and name "
             "its architecture, for Stable Diffusion 1 model=unet_sd15 autoencoder=kl_f8 text_encoder=clip_l."
         )
-    nodes = adopted(find(config.checkpoint))
-    if config.masking:
-        nodes["model"]["in_channels"] = inpainting_channels(nodes["model"].get("out_channels", 4))
+    nodes = adopted(find(config.checkpoint), repaints=bool(config.masking))
     config.image_size = config.image_size or nodes["image_size"]
     for name in DIFFUSION_NODES:
         config[name] = as_literal(nodes[name])

@@ -17,7 +17,6 @@ from ldm.config.root import plain
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.run_config import file_of
-from ldm.models.inputs import inpainting_channels
 from ldm.sweep.measured import check_optimized, of_training
 from ldm.tasks.training.prior import check_prior
 from ldm.tasks.training.runs import trained
@@ -25,7 +24,7 @@ from ldm.tasks.training.stages import Stages
 from ldm.training.distributed import processes
 from ldm.training.distributed.hosts import check_hosts
 from ldm.training.distributed.strategy import check_trainer, timeout_of
-from ldm.training.run.build import check_builds
+from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, refuse_unsaid
 
 
@@ -49,6 +48,7 @@ def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
     start_from_any_layout(config)
     if config.stages:
         return Stages(config, arm).run()
+    built_arguments(plain(config))
     check_builds(plain(config))
     if config.optimized_metric:
         check_optimized(config.optimized_metric, of_training(plain(config)))
@@ -85,9 +85,7 @@ def start_from_any_layout(config: DictConfig) -> None:
         check_adapters(plain(config), read_config(folder), folder)
     if not config.adopt:
         return
-    nodes = adopted(folder)
-    if config.masking:  # a model that repaints sees a mask and a masked latent too; fresh channels start at zero
-        nodes["model"]["in_channels"] = inpainting_channels(nodes["model"].get("out_channels", 4))
+    nodes = adopted(folder, repaints=bool(config.masking))
     if config.image_size is None:
         config.image_size = nodes["image_size"]
     for name in (*DIFFUSION_NODES, "scheduler_config"):

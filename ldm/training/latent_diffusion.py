@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ class LatentDiffusion(TrainedModule):
     @property
     def terms(self) -> dict[str, LossTerm]:
         """The loss terms by name."""
-        return {name: term for name, term in self.losses.items() if isinstance(term, LossTerm)}
+        return cast(dict[str, LossTerm], dict(self.losses.items()))
 
     def learning_rates(self) -> dict[str, float]:
         rates = {name: getattr(adapter, "lr", None) for name, adapter in self.adapters.items()}

@@ -8,6 +8,7 @@ import pytest
 from conf_nodes import CONF, composed
 
 from ldm.config.choices import said_in_words
+from ldm.config.help import said_of
 from ldm.config.root import check_keys_are_read
 from ldm.run import quoted
 
@@ -37,7 +38,7 @@ def test_the_options_page_is_what_conf_says_now():
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_option_says_what_it_is(path):
-    assert make().about(path), "open the file with one comment line: what it is, and its source"
+    assert said_of(path), "open the file with one comment line: what it is, and its source"
 
 
 def test_the_readme_is_short():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.atomic import sync
 from ldm.data.captions import CAPTIONS_WANTED
 from ldm.data.shards import tar
 from ldm.data.shards.manifest import FORMAT, MANIFEST, content_fingerprint, read_manifest
@@ -103,7 +104,7 @@ def write_dataset(
     if final.is_dir():  # empty, says _existing
         final.rmdir()
     part.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     return result
 
 
@@ -271,11 +272,3 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

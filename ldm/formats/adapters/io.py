@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.adapters.content import Content, Embedding, HypernetworkTensors, Lora
+from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
 from ldm.formats.adapters import embedding, hypernetwork, lora, lora_write
 from ldm.formats.adapters.kind import AdapterKind, located, opened_as
 from ldm.formats.checkpoint import DTYPES
-from ldm.formats.files.atomic import atomic_write
 from ldm.formats.files.open import load_nested
 from ldm.formats.files.store import cast
 from ldm.untrusted import interpreted

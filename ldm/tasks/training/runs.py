@@ -8,13 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ldm.atomic import atomic_write
 from ldm.checkpoints.adapters import save_adapters
 from ldm.checkpoints.folder import folder_name, run_of
 from ldm.checkpoints.load import load_any
 from ldm.checkpoints.save import save_any
 from ldm.config.check import module_kind
 from ldm.errors import ConfigError
-from ldm.formats.files.atomic import atomic_write
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.distributed import processes
 from ldm.training.run.fit import Finished, train_run

@@ -44,16 +44,7 @@ class Made:
     run: Path | None = None  # of what it trained
 
 
-@dataclass(frozen=True)
-class Command:
-    """What the stages are stages of."""
-
-    config: DictConfig  # before any stage's changes
-    job_dir: Path | None  # of an arm of a sweep
-    stages: tuple[str, ...]
-
-
-def prior(values: dict[str, Any], command: Command) -> Made:
+def prior(values: dict[str, Any], command: Stages) -> Made:
     """Class pictures drawn by the model that is started from, as latents."""
     if command.config.class_shards:
         return Made({"path": command.config.class_shards})
@@ -63,7 +54,7 @@ def prior(values: dict[str, Any], command: Command) -> Made:
     return Made({k: written[k] for k in ("path", "samples")}, {"class_shards": written["path"]})
 
 
-def prepare(values: dict[str, Any], command: Command) -> Made:
+def prepare(values: dict[str, Any], command: Stages) -> Made:
     """Shards of the source's pictures."""
     if command.config.shards:  # they are there already
         return Made({"path": command.config.shards})
@@ -77,7 +68,7 @@ def prepare(values: dict[str, Any], command: Command) -> Made:
     return Made(written, passes)
 
 
-def autoencoder(values: dict[str, Any], command: Command) -> Made:
+def autoencoder(values: dict[str, Any], command: Stages) -> Made:
     """A first stage, trained once for all runs that agree on what decides it."""
     folder = Path(values["outputs"]) / "stages"
     finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
@@ -87,7 +78,7 @@ def autoencoder(values: dict[str, Any], command: Command) -> Made:
     return Made(told, {"checkpoint": str(finished.path)}, metrics, finished.path)
 
 
-def encode(values: dict[str, Any], command: Command) -> Made:
+def encode(values: dict[str, Any], command: Stages) -> Made:
     """Shards of latents."""
     if open_split(values["shards"], "train", fields=fields_of(values["data"])).kind == "latent":
         return Made({"path": values["shards"]})
@@ -97,17 +88,19 @@ def encode(values: dict[str, Any], command: Command) -> Made:
     return Made({k: written[k] for k in ("path", "samples")}, passes)
 
 
-def diffusion(values: dict[str, Any], command: Command) -> Made:
+def diffusion(values: dict[str, Any], command: Stages) -> Made:
     """The run itself."""
     finished = trained(command.config, values, command.job_dir)
     told = {"path": str(finished.path), "step": finished.step}
     return Made(told, {"checkpoint": str(finished.path)}, finished.metrics, finished.path)
 
 
-def evaluate(values: dict[str, Any], command: Command) -> Made:
+def evaluate(values: dict[str, Any], command: Stages) -> Made:
     """Scores of what was trained last, or is given."""
     # Runs of all seeds are scored on the same draws, which task=evaluate of any of them makes too.
     values["seed"] = (command.config.stages.evaluate or {}).get("seed", 0)
+    # Where no diffusion model is, the autoencoder is scored.
+    values["checkpoint"] = values["checkpoint"] or str(command.run_directory)
 
     def score() -> tuple[dict[str, float], str]:
         with alone(values["outputs"], "evaluate"):
@@ -118,12 +111,23 @@ def evaluate(values: dict[str, Any], command: Command) -> Made:
     return Made({"path": output}, metrics=metrics)
 
 
-def report(values: dict[str, Any], command: Command) -> Made:
-    """The page of the run; `Stages` writes it when all is made."""
+def report(values: dict[str, Any], command: Stages) -> Made:
+    """The page of what was trained last."""
+
+    def write() -> None:
+        run, told = command.run_directory, {**command.made, "report": {}}
+        for made in told.values():  # relative to the run, so that outputs/ may move as a whole
+            if "path" in made:
+                made["path"] = os.path.relpath(made["path"], run)
+        write_json(run / "stages.json", told)
+        path = write_report(run)
+        print(f"pictures: {run / 'images'}\nreport: {path}")
+
+    processes.by_first(write)
     return Made({})
 
 
-STAGES: dict[str, Callable[[dict[str, Any], Command], Made]] = {  # in order
+STAGES: dict[str, Callable[[dict[str, Any], Stages], Made]] = {  # in order
     "prior": prior,
     "prepare": prepare,
     "autoencoder": autoencoder,
@@ -142,7 +146,7 @@ class Stages:
     """
 
     def __init__(self, config: DictConfig, job_dir: Path | None):
-        self.config = config
+        self.config, self.job_dir = config, job_dir  # job_dir: of an arm of a sweep
         self.made: dict[str, Any] = {}  # stage -> what the report tells of it
         self.found: dict[str, Any] = {}  # keys that earlier stages pass on
         self.run_directory = Path()  # of what was trained last: the report's place
@@ -154,14 +158,14 @@ class Stages:
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
         if config.checkpoint and {"autoencoder", "diffusion"} <= set(self.stages):
             self.stages.remove("autoencoder")  # another one would not be that which the checkpoint's model knows
-        self.command = Command(config, job_dir, tuple(self.stages))
         self._check_inputs()
         for stage in self.stages:
-            check(self.configured(stage))
-            if stage in ("autoencoder", "diffusion"):
-                built_arguments(plain(self.configured(stage)))
-            if stage == "evaluate":  # refused now, not after hours
-                built_metrics(plain(self.configured(stage))["metric"])
+            configured = self.configured(stage)
+            check(configured)
+            if stage in ("autoencoder", "diffusion"):  # refused now, not after hours
+                built_arguments(plain(configured))
+            if stage == "evaluate":
+                built_metrics(plain(configured)["metric"])
         check_builds(plain(self.configured(self.stages[-1])))
         if config.optimized_metric:
             check_optimized(config.optimized_metric, self.measured())
@@ -193,15 +197,11 @@ class Stages:
             values = plain(self.configured(stage))
             if processes.is_first():
                 print(f"--- {stage}", flush=True)
-            if stage == "evaluate":  # where no diffusion model is, the autoencoder is scored
-                values["checkpoint"] = values["checkpoint"] or str(self.run_directory)
-            made = STAGES[stage](values, self.command)
+            made = STAGES[stage](values, self)
             self.found |= made.passes
             self.run_directory = made.run or self.run_directory
             metrics |= made.metrics
             self.made[stage] = {**made.told, "seconds": round(time.time() - started, 1)}
-        if "report" in self.stages:
-            processes.by_first(self._report)
         return metrics
 
     def _require_captions(self) -> None:
@@ -235,14 +235,6 @@ class Stages:
         merged.stages = {}
         drop_leftovers(merged)
         return merged
-
-    def _report(self) -> None:
-        for made in self.made.values():  # relative to the run, so that outputs/ may move as a whole
-            if "path" in made:
-                made["path"] = os.path.relpath(made["path"], self.run_directory)
-        write_json(self.run_directory / "stages.json", self.made)
-        path = write_report(self.run_directory)
-        print(f"pictures: {self.run_directory / 'images'}\nreport: {path}")
 
 
 def _written(stage: str, values: dict[str, Any], make: Callable[[], Written]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class RepresentationAlignment(LossTerm):
     width: C.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, encoder: str, layer: str, width: int, weight: float = 0.5, projector_width: int = 2048):
         super().__init__()
         self.encoder_name, self.layers, self.width, self.weight = encoder, (layer,), width, weight
@@ -52,6 +55,8 @@ class RepresentationAlignment(LossTerm):
             nn.SiLU(),
             nn.Linear(projector_width, config.hidden_size),
         )
+        for name, values in (("mean", MEAN), ("std", STD)):  # buffers, so that no step copies them to the device
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self._encoder: list[Any] = []  # in a list, so that its weights are nobody's parameters
 
     def start(self) -> None:
@@ -94,7 +99,6 @@ class RepresentationAlignment(LossTerm):
         pixels = F.interpolate(
             images.float() / 255, (height * self.patch, width * self.patch), mode="bicubic", antialias=True
         )
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
         options = {} if "dinov2" in encoder.config.model_type else {"interpolate_pos_encoding": True}
-        states = encoder(pixel_values=(pixels.clamp(0, 1) - mean) / std, **options).last_hidden_state
+        states = encoder(pixel_values=(pixels.clamp(0, 1) - self.mean) / self.std, **options).last_hidden_state
         return states[:, -height * width :]  # before them stand its class token and registers

@@ -57,11 +57,7 @@ def weight_seed(config: Config) -> int:
 
 
 def check_builds(config: Config) -> None:
-    """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files.
-
-    And for what the module's node says: loss terms, optimizer, weighting.
-    """
-    built_arguments(config)
+    """ConfigError for parts and adapters that cannot be built or do not fit, found out without memory or files."""
     parts = build_parts(config, "meta")
     for name, node in (config.get("adapter") or {}).items():
         adapter = build(node, f"adapter.{name}")

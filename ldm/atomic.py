@@ -1,7 +1,8 @@
-"""Files and folders that are there whole or not at all: written under another name, then renamed."""
+"""Files and folders that are there whole or not at all: written under another name, then renamed; and on the disk."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         part.rename(path)
     finally:
         _remove(part)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
