@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -17,21 +18,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ldm.config.choices import drop_leftovers, said_in_words
-from ldm.config.root import check_keys_are_read, conf_dir, digest, register
+from ldm.config.root import conf_dir, digest
+from ldm.config.schema import check_keys_are_read, look_in, register, schema, task_class
 from ldm.errors import ConfigError, Ended
 from ldm.sweep.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
-from ldm.training.distributed.processes import is_first, speaks
+from ldm.training.distributed.launch import is_first, launch
 
-# Free text and paths: quoted before Hydra parses them, so that commas, =, %, brackets and accents just work.
-TEXT_KEYS: tuple[str, ...] = ("prompt", "negative_prompt", "subject", "instance_prompt", "class_prompt")
-TEXT_KEYS += tuple(f"adapter.textual_inversion.{key}" for key in ("placeholder", "initial_text"))
-PATH_KEYS = (
-    *("prompts", "images", "output", "outputs", "shards", "checkpoint", "config", "name", "init_image", "mask"),
-    *("class_images", "class_shards"),
-)
-WRITING = ("sample", "evaluate", "objective", "prepare", "encode")  # tasks that write into output=DIR
-PATH_LIST_KEYS = ("adapters", "checkpoints")  # [PATH,PATH], or one
+FREE_TEXT = ("adapter.textual_inversion.placeholder", "adapter.textual_inversion.initial_text")  # below the root
 
 
 def main() -> None:
@@ -50,7 +44,9 @@ def run(arguments: Sequence[str]) -> int:
         from ldm.config.help import help_text
 
         try:
-            print(help_text(conf_dir(), arguments))
+            overrides, flags = _parsed(arguments)
+            look_in(*_folders(flags))
+            print(help_text(overrides))
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -61,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     failure: BaseException
     try:
         _refuse_bytes(arguments)
+        register(*_folders(_parsed(arguments)[1]))
         _check_trainer(arguments)
         arguments = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments)]
         if multirun:
@@ -77,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         failure = ended.error
     except Exception as error:
         failure = error
-    return _ended_elsewhere(failure) or _report(failure, arguments)
+    return _ended_elsewhere(failure) or _report(failure)
 
 
 def job(config: DictConfig) -> float | None:
@@ -95,20 +92,20 @@ def job(config: DictConfig) -> float | None:
 
 def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import get_method
 
-    choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
-    task = str(choices["task"])
+    hydra = HydraConfig.get()
+    choices, overrides, task = hydra.runtime.choices, list(hydra.overrides.task), str(hydra.runtime.choices["task"])
+    look_in(*(Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"))  # a launcher's process too
     named = () if arm is None else ("name",)  # of the sweep, whatever its arms do
     check_keys_are_read(task, [o for o in overrides if o.partition("=")[0] not in named])
-    if task != "train" and not is_first():  # one process does it, whatever started several
+    kind = task_class(task, config.task._target_)
+    if not (kind.in_every_process or is_first()):
         return {}
     drop_leftovers(config, overrides)
     config.experiment = choices.get("experiment") or task
-    if arm is not None and task in WRITING:  # into one folder they would write over each other
+    if arm is not None and kind.own_folder:  # into one folder they would write over each other
         config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)
-    function: Callable[..., dict[str, float]] = get_method(config.task._target_)
-    return function(config, arm=arm and arm.directory)
+    return kind.run(config)
 
 
 @contextmanager
@@ -130,14 +127,19 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def quoted(argument: str, multirun: bool) -> str:
-    """`key=text` with the text quoted for Hydra's grammar, for the keys that hold free text or a path."""
+    """`key=text` with the text quoted for Hydra's grammar, for the keys that hold free text or a path.
+
+    So commas, =, %, brackets and accents just work; but in a sweep commas part the paths.
+    """
     key, separator, value = argument.partition("=")
-    if key in PATH_LIST_KEYS and not multirun and value not in ("", "null"):
+    known = schema().get(key)
+    holds = "text" if key in FREE_TEXT else known.about.get("holds") if known else ""
+    if not separator or value in ("", "null") or holds not in (("text",) if multirun else ("text", "path", "paths")):
+        return argument
+    if holds == "paths":
         listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
         items = [m[1] or m[2] or m[3].strip() for m in _ITEM.finditer(listed)]
         return f"{key}=[{','.join(_in_quotes(item) for item in items if item)}]"
-    if not separator or key not in (*TEXT_KEYS, *(() if multirun else PATH_KEYS)) or value in ("", "null"):
-        return argument
     return f"{key}={_in_quotes(value)}"
 
 
@@ -154,19 +156,29 @@ def _in_quotes(text: str) -> str:
 def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> None:
     import hydra
 
-    register()
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(function)()
 
 
 def _in_one_piece(arguments: Sequence[str]) -> list[str]:
     """The overrides, then the flags: Hydra's parser reads no override after a flag that follows another override."""
-    from hydra._internal.utils import get_args_parser
-
-    overrides, flags = get_args_parser().parse_intermixed_args(arguments).overrides, list(arguments)
+    overrides, flags = _parsed(arguments)[0], list(arguments)
     for override in overrides:
         flags.remove(override)
     return [*overrides, *flags]
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
+    """The overrides, and what Hydra's flags say."""
+    from hydra._internal.utils import get_args_parser
+
+    found = get_args_parser().parse_intermixed_args(list(arguments))
+    return found.overrides, found
+
+
+def _folders(flags: argparse.Namespace) -> list[Path]:
+    """Of --config-dir."""
+    return [Path(flags.config_dir)] if flags.config_dir else []
 
 
 def named_sweep(arguments: Sequence[str]) -> list[str]:
@@ -210,7 +222,7 @@ def _check_trainer(arguments: Sequence[str]) -> None:
     if any(a.startswith("task=") and a != "task=train" for a in arguments):
         return
     if "trainer=ddp" in arguments:
-        from ldm.training.distributed.meeting import expect_srun
+        from ldm.training.distributed.launch import expect_srun
 
         expect_srun()
     typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))
@@ -233,7 +245,7 @@ def _ended_elsewhere(error: BaseException) -> int | None:
     return 130 if "stopped by SIGINT" in ended[1] else 75 if "stopped by SIG" in ended[1] else 2
 
 
-def _report(error: BaseException, arguments: Sequence[str]) -> int:
+def _report(error: BaseException) -> int:
     from ldm.config.explain import explain
 
     code, line = getattr(error, "exit_code", 2), str(error)
@@ -244,13 +256,21 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
     elif type(error).__name__ == "OtherProcess":
         line = f"error: {error}"
     else:
-        explained = explain(error, arguments, conf_dir())
+        explained = explain(error)
         if explained is None:
             raise error
         line = f"error: {explained}"
-    if speaks(error):
+    if _speaks(error):
         print(line, file=sys.stderr)
     return code
+
+
+def _speaks(error: BaseException) -> bool:
+    if launch().world_size == 1:  # without torch, which would take longer than what was refused
+        return True
+    from ldm.training.distributed.processes import speaks
+
+    return speaks(error)
 
 
 if __name__ == "__main__":

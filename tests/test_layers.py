@@ -22,6 +22,8 @@ ROOMS = [
     "ldm.data",
     "ldm.metrics",
     "ldm.config.root",
+    "ldm.config.keys",
+    "ldm.config.schema",
     "ldm.config.check",
     "ldm.build",
     "ldm.config.choices",

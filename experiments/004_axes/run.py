@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm import Pipeline
-from ldm.config.root import conf_dir, register
+from ldm.config.root import conf_dir
+from ldm.config.schema import register
 from ldm.errors import ConfigError
 from ldm.training.run.fit import train_run
 

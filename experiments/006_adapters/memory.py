@@ -14,7 +14,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from ldm.config.root import conf_dir, plain, register
+from ldm.config.root import conf_dir, plain
+from ldm.config.schema import register
 from ldm.memory.plan import Plan, plan
 
 GIB = 2**30

@@ -15,7 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from ldm.checkpoints.components import build_components
-from ldm.config.root import conf_dir, plain, register
+from ldm.config.root import conf_dir, plain
+from ldm.config.schema import register
 from ldm.memory.plan import plan
 from ldm.training.run.build import build_module
 

@@ -111,11 +111,11 @@ def _resident() -> float:
 
 def main(words: list[str]) -> int:
     warnings.simplefilter("ignore")
-    import ldm.tasks.convert
-    import ldm.tasks.encode
-    import ldm.tasks.evaluate
-    import ldm.tasks.merge
-    import ldm.tasks.sample  # noqa: F401  (what all the children share)
+    import ldm.checkpoints.adapters
+    import ldm.checkpoints.merge
+    import ldm.tasks.work.encode
+    import ldm.tasks.work.evaluate
+    import ldm.tasks.work.sample  # noqa: F401  (what all the children share)
 
     base = malformed.make_base(Path(tempfile.mkdtemp(prefix="ldm-malformed-")))
     rows, bad = [], 0

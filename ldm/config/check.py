@@ -6,12 +6,12 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.root import FROZEN_DTYPES, Root, plain, reference
+from ldm.config.root import plain, reference
+from ldm.config.schema import read_by, schema
 from ldm.errors import ConfigError, nearest
 
 
@@ -20,22 +20,8 @@ def check(config: DictConfig, task: str | None = None) -> None:
 
     task: its own groups alone are checked, because others may not know what this task's keys may be (a list of seeds).
     """
-    others = {f.name for f in fields(Root) if task is not None and task not in f.metadata["tasks"]}
-    problems = []
-    if config.export not in (None, "diffusers", "compvis", "ldm"):
-        problems.append(f"export={config.export}: choose diffusers or compvis, or leave it out.")
-    if config.weights not in ("ema", "raw"):
-        problems.append(f"weights={config.weights}: choose ema or raw.")
-    if config.frozen_dtype not in FROZEN_DTYPES:
-        problems.append(f"frozen_dtype={config.frozen_dtype}: choose one of {', '.join(FROZEN_DTYPES)}.")
-    counts = ("batch_size", "accumulate", "max_steps", "noises_per_image", "num_images", "eval_images", "num_steps")
-    for name in (*counts, "num_class_images"):
-        if config[name] is not None and config[name] < 1:
-            problems.append(f"{name}={config[name]}: must be at least 1.")
-    if not 0 <= config.caption_dropout <= 1:
-        problems.append(f"caption_dropout={config.caption_dropout}: must lie in [0, 1].")
-    if not config.prior_weight >= 0:
-        problems.append(f"prior_weight={config.prior_weight}: must be at least 0; 1 is usual.")
+    others = set() if task is None else set(schema()) - read_by(task)
+    problems = [problem for key in schema().values() if (problem := key.problem(config.get(key.name)))]
     for name, node in plain(config).items():
         if name == "module" and name not in others:  # what it refers to is looked at where it stands
             said = OmegaConf.to_container(config.module, resolve=True)

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, open_dict
 
-from ldm.config.root import conf_dir, group_names, plain
+from ldm.config.root import plain
+from ldm.config.schema import group_names, options
 from ldm.errors import ConfigError
 
 NOTHING = ("null", "none", "[]")
@@ -31,12 +32,12 @@ def said_in_words(argument: str) -> str:
 
 
 def _option(group: str, value: str) -> str:
-    options = sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
-    found = next((o for o in EMPTY if o in options), None)
+    there = options(group)
+    found = next((o for o in EMPTY if o in there), None)
     if found or group in FREE or group in ("adapter", "loss"):
         return found or "[]"
     one = " (a single one is left out by name: callbacks.samples=null)" if group == "callbacks" else ""
-    raise ConfigError(f"{group}={value}: it cannot be left out{one}. Choose one of {', '.join(options)}.")
+    raise ConfigError(f"{group}={value}: it cannot be left out{one}. Choose one of {', '.join(there)}.")
 
 
 def drop_leftovers(config: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -71,5 +72,5 @@ def _kept(group: str, node: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _empty_option(group: str) -> dict[str, Any] | None:
     """What stands in the group's none.yaml or own.yaml."""
-    files = [conf_dir() / group / f"{option}.yaml" for option in EMPTY]
-    return next((yaml.safe_load(f.read_text(encoding="utf-8")) for f in files if f.is_file()), None)
+    files = (file for name, file in options(group).items() if name in EMPTY)
+    return next((yaml.safe_load(f.read_text(encoding="utf-8")) for f in files), None)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from ldm.config.root import Root
+from ldm.config.schema import group_names, options, schema
 from ldm.errors import ConfigError, nearest
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_OURS = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str | None:
+def explain(error: BaseException) -> str | None:
     """One line for an error that the person can mend; None for one of ours, which keeps its traceback."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -36,13 +35,13 @@ def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str |
         return None
     for e in chain:
         if getattr(e, "missing_cfg_file", None):
-            return _missing_option(str(e.missing_cfg_file), list(getattr(e, "options", None) or []), conf)  # type: ignore[attr-defined]
+            return _missing_option(str(e.missing_cfg_file), list(getattr(e, "options", None) or []))  # type: ignore[attr-defined]
     text = " ".join(_one_line(str(e)) for e in chain)
     found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: ([\w.\[\]]+)", text)
     if "not in" in text and found:
-        return _unknown_key(found.group(1), conf)
+        return _unknown_key(found.group(1))
     if "No match in the defaults list" in text and found:
-        return _unknown_key(found.group(1), conf)
+        return _unknown_key(found.group(1))
     value = re.search(r"Value '([^']*)'[^.]*? could not be converted to (\w+)", text)
     if value and found:
         return f"{found.group(1)}={value.group(1)}: expected {value.group(2).lower()}."
@@ -52,23 +51,23 @@ def explain(error: BaseException, arguments: Sequence[str], conf: Path) -> str |
     return _one_line(str(chain[-1]) if len(str(chain[-1])) > 10 else str(error))
 
 
-def _missing_option(missing: str, options: list[str], conf: Path) -> str:
+def _missing_option(missing: str, known: list[str]) -> str:
     group, _, option = missing.rpartition("/")
-    options = options or sorted(p.stem for p in (conf / group).glob("*.yaml"))
-    if not options:
-        return f"{group or missing}={option}: there is no group of this name.{nearest(group, _groups(conf))}"
-    return f"{group}={option}: there is no such option.{nearest(option, options)} There is: {', '.join(options)}."
+    known = known or list(options(group))
+    if not known:
+        return f"{group or missing}={option}: there is no group of this name.{nearest(group, group_names())}"
+    return f"{group}={option}: there is no such option.{nearest(option, known)} There is: {', '.join(known)}."
 
 
-def _unknown_key(key: str, conf: Path) -> str:
+def _unknown_key(key: str) -> str:
     first, _, rest = key.partition(".")
-    roots = [f.name for f in fields(Root)]
+    roots = list(schema())
     if first not in roots:
         return f"{first}= is no key and no group.{nearest(first, roots)} `python -m ldm.run --help` lists them all."
-    files = sorted((conf / first).glob("*.yaml"))
+    files = list(options(first).values())
     if not rest:
-        options = ", ".join(path.stem for path in files)
-        return f"{first}= takes the name of an option ({options}); what is in it is set by its keys, {first}.KEY=VALUE."
+        names = ", ".join(options(first))
+        return f"{first}= takes the name of an option ({names}); what is in it is set by its keys, {first}.KEY=VALUE."
     leaf = rest.split(".")[-1]
     having = [path.stem for path in files if leaf in _keys(path)]
     if having:
@@ -88,10 +87,6 @@ def _keys(path: Path) -> set[str]:
 
     walk(yaml.safe_load(path.read_text(encoding="utf-8")))
     return found
-
-
-def _groups(conf: Path) -> list[str]:
-    return sorted(p.name for p in conf.iterdir() if p.is_dir())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

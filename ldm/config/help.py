@@ -1,12 +1,12 @@
-"""The texts of --help, made of the configuration folder and the root's keys: all of it, one task, one group."""
+"""The texts of --help, made of the tasks' keys and the folders of options: all of it, one task, one group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import Field, fields
 from pathlib import Path
 
-from ldm.config.root import TASKS, Root
+from ldm.config.keys import Task
+from ldm.config.schema import FIRST, Key, group_names, keys_of, options, schema, tasks
 from ldm.errors import ConfigError, nearest
 
 HEAD = """\
@@ -24,19 +24,17 @@ Options: --cfg job prints the composed configuration, --config-dir DIR adds a fo
 """
 
 
-def help_text(conf: Path, asked: Sequence[str] = ()) -> str:
+def help_text(asked: Sequence[str] = ()) -> str:
     """What --help prints, alone or with `task=NAME` or the name of a group. ConfigError for what there is not."""
-    words = [a for a in asked if not a.startswith("-")]
-    if not words:
-        return _everything(conf)
-    name = words[0].removeprefix("task=") if words[0].startswith("task=") else words[0].partition("=")[0]
-    if name in TASKS:
-        return _task(conf, name)
-    groups = [f.name for f in fields(Root) if f.metadata.get("group")]
-    if words[0].startswith("task=") or name not in groups:
-        known = [*(f"task={t}" for t in TASKS), *groups]
-        raise ConfigError(f"--help {words[0]}: there is no such task or group.{nearest(words[0], known)} See --help.")
-    return _group(conf, name)
+    if not asked:
+        return _everything()
+    name = asked[0].removeprefix("task=") if asked[0].startswith("task=") else asked[0].partition("=")[0]
+    if name in tasks():
+        return _task(name)
+    if asked[0].startswith("task=") or name not in group_names():
+        known = [*(f"task={t}" for t in tasks()), *group_names()]
+        raise ConfigError(f"--help {asked[0]}: there is no such task or group.{nearest(asked[0], known)} See --help.")
+    return _group(name)
 
 
 def said_of(file: Path) -> str:
@@ -45,34 +43,36 @@ def said_of(file: Path) -> str:
     return lines[0].removeprefix("# ").rstrip(":") if lines and lines[0].startswith("# ") else ""
 
 
-def _everything(conf: Path) -> str:
-    lines = [HEAD, "tasks (task=NAME):"]
-    lines += [f"  {task:<18}{_short(said_of(conf / 'task' / f'{task}.yaml'))}" for task in TASKS]
+def _everything() -> str:
+    files, shared = options("task"), keys_of(Task)
+    lines = [HEAD, f"tasks (task=NAME; {FIRST} where none is named):"]
+    lines += [f"  {task:<18}{_short(said_of(files[task]))}" for task in tasks()]
     lines += ["", "groups (group=option):"]
-    lines += [_line(f) for f in fields(Root) if f.metadata.get("group") and f.name != "task"]
-    shared = [f for f in fields(Root) if not f.metadata.get("group") and f.metadata["tasks"] == TASKS]
-    return "\n".join([*lines, "", "keys of all tasks (key=value):", *(_line(f) for f in shared)])
+    lines += [_line(k) for k in schema().values() if k.is_group and k.name != "task"]
+    return "\n".join([*lines, "", "keys of all tasks (key=value):", *(_line(k) for k in _without_groups(shared))])
 
 
-def _task(conf: Path, task: str) -> str:
-    read = [f for f in fields(Root) if task in f.metadata["tasks"]]
-    lines = [f"task={task}: {said_of(conf / 'task' / f'{task}.yaml')}", "", "keys (key=value):"]
-    lines += [_line(f) for f in read if not f.metadata.get("group")]
-    return "\n".join([*lines, "", "groups (group=option):", *(_line(f) for f in read if f.metadata.get("group"))])
+def _task(task: str) -> str:
+    read = keys_of(tasks()[task])
+    lines = [f"task={task}: {said_of(options('task')[task])}", "", "keys (key=value):"]
+    lines += [_line(k) for k in _without_groups(read)]
+    return "\n".join([*lines, "", "groups (group=option):", *(_line(k) for k in read.values() if k.is_group)])
 
 
-def _group(conf: Path, group: str) -> str:
-    (about,) = (f for f in fields(Root) if f.name == group)
-    lines = [f"{group}: {about.metadata['help']}", ""]
-    files = sorted((conf / group).glob("*.yaml"))
-    width = max(len(file.stem) for file in files) + 2
-    lines += [f"  {group}={file.stem:<{width}}{said_of(file)}" for file in files]
-    return "\n".join(lines)
+def _group(group: str) -> str:
+    files = options(group)
+    width = max(map(len, files), default=0) + 2
+    lines = [f"  {group}={name:<{width}}{said_of(file)}" for name, file in files.items()]
+    return "\n".join([f"{group}: {schema()[group].about['help']}", "", *lines])
 
 
-def _line(f: Field) -> str:
-    default = "" if f.default is None or not isinstance(f.default, (int, float, str)) else f" [{f.default}]"
-    return f"  {f.name:<18}{f.metadata['help']}{default}"
+def _without_groups(keys: dict[str, Key]) -> list[Key]:
+    return [k for k in keys.values() if not k.is_group]
+
+
+def _line(key: Key) -> str:
+    shown = key.default is not None and isinstance(key.default, (int, float, str))
+    return f"  {key.name:<18}{key.about['help']}" + (f" [{key.default}]" if shown else "")
 
 
 def _short(text: str) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,14 +18,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.root import digest
-from ldm.errors import ConfigError, Ended, NotFinite, SweepError
-from ldm.sweep.measured import unknown_metric
-from ldm.training.distributed.meeting import OtherProcess
-from ldm.training.distributed.processes import another_can_follow, is_first
-from ldm.training.run.directory import in_json
+from ldm.errors import ConfigError, Ended, NotFinite, SweepError, nearest
+from ldm.training.distributed.launch import OtherProcess, is_first
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
 FAILED = 3  # exit code of a sweep in which an arm failed, as of a run that diverged
+UNKNOWN = "*"  # among metrics' names: something of the user's own measures what cannot be known beforehand
 LOWER_IS_BETTER = ("loss", "error", "distance", "nearest", "kl", "commitment", "seconds")  # words of metrics' names
 
 
@@ -56,9 +54,9 @@ class Arm:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        hydra = HydraConfig.get()
-        if hydra.mode != RunMode.MULTIRUN:
+        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
             return None
+        hydra = HydraConfig.get()
         return cls(
             Path(hydra.sweep.dir), list(hydra.overrides.task), list(hydra.job.config.override_dirname.exclude_keys)
         )
@@ -69,6 +67,8 @@ def run_arm(arm: Arm, task: Callable[[], dict[str, float]], optimized: str | Non
 
     What is wrong with one arm is a row; Ctrl-C, a scheduler's signal and a SweepError end the sweep.
     """
+    from ldm.training.distributed.processes import another_can_follow
+
     try:
         metrics = task()
     except SweepError as error:
@@ -122,8 +122,19 @@ def _value(arm: Arm, metrics: dict[str, float], optimized: str | None) -> float 
     return metrics[optimized]  # None where it was not finite
 
 
+def unknown_metric(metric: str, names: Iterable[str]) -> str:
+    """The line for an optimized_metric= that is not among `names`."""
+    known = sorted(set(names) - {UNKNOWN})
+    near = nearest(metric, known)
+    usual = [n for n in known if n.count("/") == 1]
+    shown = "" if near else f" There is {', '.join(usual[:8])}{' ...' if len(known) > 8 else ''}."
+    return f"optimized_metric={metric}: nothing of this name is measured here.{near}{shown}"
+
+
 def record(arm: Arm, state: str, metrics: dict[str, float], message: str) -> None:
     """Adds an arm's row and writes the table anew; arms that run side by side take turns. A repeated arm replaces."""
+    from ldm.training.run.directory import in_json
+
     if not is_first():
         return
     arm.sweep.mkdir(parents=True, exist_ok=True)

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ldm.build import build
 from ldm.config.check import module_kind
-from ldm.errors import SweepError, nearest
+from ldm.errors import SweepError
+from ldm.sweep.arms import UNKNOWN, unknown_metric
 from ldm.training.run.build import build_module, build_parts
 from ldm.training.run.class_images import ClassImages
 
 Names = set[str]
-UNKNOWN = "*"  # among names: something of the user's own measures what cannot be known beforehand
 
 
 def check_optimized(metric: str | None, names: Names) -> None:
     """SweepError where nothing of this name will be measured."""
     if metric and metric not in names and UNKNOWN not in names:
         raise SweepError(unknown_metric(metric, names))
-
-
-def unknown_metric(metric: str, names: Iterable[str]) -> str:
-    """The line for an optimized_metric= that is not among `names`."""
-    known = sorted(set(names) - {UNKNOWN})
-    near = nearest(metric, known)
-    usual = [n for n in known if n.count("/") == 1]
-    shown = "" if near else f" There is {', '.join(usual[:8])}{' ...' if len(known) > 8 else ''}."
-    return f"optimized_metric={metric}: nothing of this name is measured here.{near}{shown}"
 
 
 def of_training(values: Mapping[str, Any]) -> Names:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.build import build
-from ldm.config.check import check
-from ldm.config.root import digest, plain
-from ldm.data.shards.writer import Written, write_dataset
-from ldm.errors import ConfigError
+from ldm.config.keys import ImageSize, Output, Pictures, Seeded, Task
 
 
-def prepare(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
-    """Writes output=DIR (default: outputs/stages/shards-<digest of the source>); says what was left out."""
-    check(config)
-    written = prepare_shards(plain(config), Path(config.output) if config.output else None)
-    print(written)
-    print(f"shards: {written.output}")
-    return {f"samples/{split}": float(n) for split, n in written.samples.items()}
+@dataclass
+class Prepare(Pictures, ImageSize, Seeded, Output, Task):
+    own_folder: ClassVar[bool] = True
 
+    @staticmethod
+    def run(config: DictConfig) -> dict[str, float]:
+        """Writes output=DIR (default: outputs/stages/shards-<digest of the source>); says what was left out."""
+        from ldm.tasks.work.prepare import prepare
 
-def prepare_shards(config: dict, output: Path | None = None) -> Written:
-    """The source's samples as shards; left as they are when they are there already."""
-    if config.get("images") and "images" not in config["source"]:
-        raise ConfigError(
-            f"images={config['images']} is not read by {config['source']['_target_']}: add source=folder."
-        )
-    source = build(config["source"], "source")
-    identity = source.identity()
-    output = output or Path(config["outputs"]) / "stages" / f"shards-{digest(identity)}"
-    return write_dataset(source, output, facts=source.facts, identity=identity)
+        return prepare(config)

@@ -2,91 +2,88 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.build import as_literal
-from ldm.checkpoints.components import check_adapters
-from ldm.checkpoints.folder import read_config
-from ldm.checkpoints.load import adopted
-from ldm.checkpoints.sampler import sampling_settings
-from ldm.checkpoints.stages import to_native
-from ldm.config.check import check, module_kind
-from ldm.config.root import plain
-from ldm.errors import ConfigError
-from ldm.formats.content import DIFFUSION_NODES
-from ldm.formats.run_config import file_of
-from ldm.sweep.measured import check_optimized, of_training
-from ldm.tasks.training.prior import check_prior
-from ldm.tasks.training.runs import trained
-from ldm.tasks.training.stages import Stages
-from ldm.training.distributed import processes
-from ldm.training.distributed.hosts import check_hosts
-from ldm.training.distributed.strategy import check_trainer, timeout_of
-from ldm.training.run.build import built_arguments, check_builds
-from ldm.training.run.captions import caption_templates, refuse_unsaid
+from ldm.config.keys import (
+    Batches,
+    Checkpoint,
+    Diffused,
+    Guided,
+    ImageSize,
+    Pictures,
+    Scored,
+    Seeded,
+    Shards,
+    Task,
+    group,
+    key,
+)
 
 
-def train(config: DictConfig, arm: Path | None = None) -> dict[str, float]:
-    """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
-    if config.adopt is None:
-        config.adopt = bool(config.checkpoint)
-    settle_sampling(config)
-    check(config)
-    check_trainer(plain(config.trainer))
-    with processes.together(timeout_of(plain(config.trainer))):
-        check_hosts(plain(config))
-        return _train(config, arm)
+@dataclass
+class Train(Diffused, Guided, Scored, Checkpoint, Pictures, Shards, ImageSize, Batches, Seeded, Task):
+    name: str | None = key(None, "run directory under `outputs`; default: experiment, digest and seed", holds="path")
+    stages: Any = key({}, "stages of one command, in order, each with its own changes")
+    # --- how long, on what
+    max_steps: int = key(1000, "optimizer steps; a larger number continues a run of lr_scheduler=constant", least=1)
+    accumulate: int = key(1, "micro-batches per optimizer step", least=1)
+    trainer: Any = group("Lightning's Trainer: devices, precision, strategy")
+    callbacks: Any = group("what is watched, and how often")
+    logger: Any = group("W&B offline, online or none; metrics.jsonl is always written")
+    export: str | None = key(
+        None,
+        "also write the result as diffusers or compvis when training ends",
+        choices=("diffusers", "compvis", "ldm"),
+    )
+    # --- what is trained
+    module: Any = group("what is trained: the LightningModule with its loss, optimizer and average")
+    loss: Any = group("loss terms beside the module's own, one or several: loss=[representation_alignment]")
+    model: Any = group("the denoising network")
+    autoencoder: Any = group("the first stage")
+    text_encoder: Any = group("captions to conditions")
+    optimizer: Any = group("optimizer")
+    lr_scheduler: Any = group("learning rate over steps")
+    ema: Any = group("averaged weights")
+    caption_dropout: float = key(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)
+    noises_per_image: int = key(1, "(t, eps) pairs drawn for each encoded image", least=1)
+    kl_weight: float = key(1e-6, "weight of the KL term (module=autoencoder)")
+    reconstruction: str = key("squared", "error of module=autoencoder: squared, absolute or both")
+    # --- from a model that is there
+    adopt: bool | None = key(False, "the architecture is the checkpoint's; null: where checkpoint= is given")
+    scheduler_config: Any = key(None, "diffusers' scheduler_config.json of an adopted checkpoint")
+    adapter: Any = group("what is trained beside a frozen model, one or several: adapter=[lora]")
+    frozen_dtype: str = key(
+        "float32",
+        "of what is not trained, in memory: float32, bfloat16 or float16",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    masking: Any = group("what an inpainting model learns to repaint")
+    # --- from few pictures
+    templates: Any = group("captions drawn from sentences around subject=")
+    subject: str | None = key(
+        None, 'what templates= speak of, "sks dog": a rare word and what it is; free text', holds="text"
+    )
+    instance_prompt: str | None = key(
+        None, 'one caption for all pictures, "a photo of sks dog"; free text', holds="text"
+    )
+    class_prompt: str | None = key(
+        None, 'caption of the class pictures of experiment=dreambooth, "a photo of a dog"; free text', holds="text"
+    )
+    class_images: str | None = key(
+        None, "folder of class pictures, also with captions of their own; missing ones are drawn into it", holds="path"
+    )
+    class_shards: str | None = key(None, "latents of class pictures; default: what the stage prior made", holds="path")
+    num_class_images: int = key(100, "class pictures that are held against forgetting", least=1)
+    prior_weight: float = key(1.0, "weight of the class pictures' loss beside the instance pictures'", least=0)
 
+    in_every_process: ClassVar[bool] = True
 
-def _train(config: DictConfig, arm: Path | None) -> dict[str, float]:
-    templates = caption_templates(plain(config))  # refused before anything is read
-    if config.adapter and "textual_inversion" in config.adapter and templates and not templates.needs_captions:
-        refuse_unsaid(config.adapter.textual_inversion.placeholder, templates.all([]))
-    check_prior(config)
-    start_from_any_layout(config)
-    if config.stages:
-        return Stages(config, arm).run()
-    built_arguments(plain(config))
-    check_builds(plain(config))
-    if config.optimized_metric:
-        check_optimized(config.optimized_metric, of_training(plain(config)))
-    return trained(config, plain(config), arm).metrics
+    @staticmethod
+    def run(config: DictConfig) -> dict[str, float]:
+        """Trains; with `stages` does each in turn, passing on what it made. What is there is not done again."""
+        from ldm.tasks.work.train import train
 
-
-def settle_sampling(config: DictConfig) -> None:
-    """Fills in how pictures are drawn where that is left open: an adopted run's own settings, else the usual ones."""
-    file = file_of(Path(config.checkpoint).expanduser()) if config.adopt and config.checkpoint else None
-    for name, value in sampling_settings(plain(config), read_config(file.parent) if file else {}).items():
-        config[name] = as_literal(value)
-    second = config.guider.get("checkpoint")
-    if second and Path(second).exists():  # a run is sampled from any working directory
-        config.guider.checkpoint = as_literal(str(Path(second).resolve()))
-
-
-def start_from_any_layout(config: DictConfig) -> None:
-    """checkpoint= becomes a checkpoint folder of ours; with adopt=true the configuration takes its architecture."""
-    if config.adapter and not config.checkpoint:
-        raise ConfigError(
-            f"adapter=[{','.join(config.adapter)}] is trained beside a model that is there already: give "
-            "checkpoint=PATH, as with experiment=finetune."
-        )
-    if config.adopt and not config.checkpoint:
-        raise ConfigError(
-            "adopt=true needs the model to go on from: checkpoint=PATH (a run, a diffusers folder, a .safetensors or "
-            ".ckpt, a hub id)."
-        )
-    if not config.checkpoint:
-        return
-    folder = Path(processes.by_first(lambda: str(to_native(config))))  # it may write a converted copy
-    config.checkpoint = str(folder)
-    if module_kind(config) == "latent_diffusion":
-        check_adapters(plain(config), read_config(folder), folder)
-    if not config.adopt:
-        return
-    nodes = adopted(folder, repaints=bool(config.masking))
-    if config.image_size is None:
-        config.image_size = nodes["image_size"]
-    for name in (*DIFFUSION_NODES, "scheduler_config"):
-        config[name] = as_literal(nodes[name])
+        return train(config)

@@ -17,7 +17,7 @@ from ldm.checkpoints.folder import all_folders
 from ldm.checkpoints.load import load_any
 from ldm.checkpoints.pretrained import load_autoencoder
 from ldm.errors import ConfigError
-from ldm.tasks.encode import encode_shards
+from ldm.tasks.work.encode import encode_shards
 from ldm.training.run.fit import train_run
 
 

@@ -9,7 +9,6 @@ from commands import here, ldm
 from PIL import Image
 
 from ldm.config.explain import explain
-from ldm.config.root import conf_dir
 
 FAST = [  # arguments, words of the one line
     (["experiment=quickstrat"], "Did you mean 'quickstart'?"),
@@ -139,7 +138,7 @@ def test_mistakes_inside_an_experiment_file(text, words, tmp_path):
 
 def test_no_room_is_one_line_although_the_system_names_no_file():
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert "outputs=" in (explain(full, [], conf_dir()) or "")
+    assert "outputs=" in (explain(full) or "")
 
 
 def test_a_key_of_another_option_is_not_its_own_remedy(tmp_path):

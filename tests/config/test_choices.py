@@ -8,10 +8,11 @@ import yaml
 from commands import here
 from conf_nodes import CONF, options
 
-import ldm.tasks.train as training
+import ldm.tasks.work.train as training
 from ldm.config.check import check
 from ldm.config.choices import EMPTY, FREE, MANY, NO_NODES, NOTHING, said_in_words
-from ldm.config.root import conf_dir, group_names, plain
+from ldm.config.root import conf_dir, plain
+from ldm.config.schema import group_names
 
 EXPERIMENTS = options("experiment")
 CAN_BE_EMPTY = [g for g in group_names() if g != "task" and set(EMPTY) & set(options(g))]
@@ -22,7 +23,7 @@ def chosen(monkeypatch, tmp_path):
     """What task=train is handed for a command line, checked as it checks it."""
     found = {}
 
-    def keep(config, arm=None):
+    def keep(config):
         training.settle_sampling(config)
         check(config)
         found["config"] = plain(config)

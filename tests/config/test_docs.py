@@ -9,7 +9,7 @@ from conf_nodes import CONF, composed
 
 from ldm.config.choices import said_in_words
 from ldm.config.help import said_of
-from ldm.config.root import check_keys_are_read
+from ldm.config.schema import check_keys_are_read
 from ldm.run import quoted
 
 ROOT = CONF.parent

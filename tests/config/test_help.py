@@ -1,13 +1,11 @@
 """--help, of everything, of one task, of one group: every name that can be typed, one line each."""
 
-from dataclasses import fields
-
 import pytest
 from commands import here
 from conf_nodes import CONF, options
 
 from ldm.config.help import said_of
-from ldm.config.root import TASKS, Root
+from ldm.config.schema import group_names, keys_of, tasks
 
 
 def lines(*arguments, cwd):
@@ -19,16 +17,16 @@ def lines(*arguments, cwd):
 def test_everything_fits_on_a_screen_or_two(tmp_path):
     shown = lines(cwd=tmp_path)
     first = [line.split()[0] for line in shown if line.startswith("  ")]
-    assert len(shown) <= 70 and set(TASKS) <= set(first)
-    assert {f.name for f in fields(Root) if f.metadata.get("group")} - {"task"} <= set(first)
+    assert len(shown) <= 70 and set(tasks()) <= set(first)
+    assert set(group_names()) - {"task"} <= set(first)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", tasks())
 def test_a_task_shows_the_keys_that_it_reads_and_no_others(task, tmp_path):
     shown = lines(f"task={task}", cwd=tmp_path)
     assert shown[0] == f"task={task}: {said_of(CONF / 'task' / f'{task}.yaml')}"
     named = {line.split()[0] for line in shown if line.startswith("  ")}
-    assert named == {f.name for f in fields(Root) if task in f.metadata["tasks"]}
+    assert named == set(keys_of(tasks()[task]))
     assert lines(task, cwd=tmp_path) == shown
 
 

@@ -17,7 +17,7 @@ from ldm.checkpoints.sampler import USUAL, sampling_settings
 from ldm.config.root import conf_dir
 from ldm.diffusion.guidance import AdaptiveProjected, ClassifierFree
 from ldm.errors import ConfigError
-from ldm.tasks.train import settle_sampling, train
+from ldm.tasks.work.train import settle_sampling, train
 from ldm.training.run.fit import train_run
 
 OWN = ["guidance=1.5", "num_steps=3", "guidance_rescale=0.25", "eval_images=2"]
@@ -137,7 +137,7 @@ def test_what_an_adopted_file_says_is_text(base, monkeypatch):
     """A file's ${ is no question to this machine's environment."""
     monkeypatch.setenv("LDM_SECRET", "secret")
     theirs = {"guidance": 2.25, "sampler": {"solve": "${oc.env:LDM_SECRET}"}}
-    monkeypatch.setattr("ldm.tasks.train.read_config", lambda folder: theirs)
+    monkeypatch.setattr("ldm.tasks.work.train.read_config", lambda folder: theirs)
     settings = composed("finetune", f"checkpoint={base}", "guidance=null", "images=x")
     settle_sampling(settings)
     assert settings.guidance == 2.25 and settings.sampler.solve == "${oc.env:LDM_SECRET}"
@@ -145,7 +145,7 @@ def test_what_an_adopted_file_says_is_text(base, monkeypatch):
 
 def test_a_fine_tune_in_debug_adopts_them(base, monkeypatch):
     seen = []
-    monkeypatch.setattr("ldm.tasks.train._train", lambda config, arm: seen.append(config) or {})
+    monkeypatch.setattr("ldm.tasks.work.train._train", lambda config: seen.append(config) or {})
     settings = composed("finetune", f"checkpoint={base}", "guidance=null", "images=x", "debug=fast_dev_run")
     assert settings.adopt is None
     train(settings)

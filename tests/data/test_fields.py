@@ -10,7 +10,7 @@ from commands import here
 from PIL import Image
 from tiny_training import config
 
-import ldm.tasks.evaluate as evaluating
+import ldm.tasks.work.evaluate as evaluating
 from ldm.data.captions import SampleError
 from ldm.data.check import check_dataset
 from ldm.data.datamodule import ShardDataModule
@@ -18,8 +18,8 @@ from ldm.data.fields import Fields, read_fields
 from ldm.data.shards.reader import IndexedShards
 from ldm.data.shards.splits import open_shards, open_split, split_names
 from ldm.errors import ConfigError
-from ldm.tasks.encode import encode_shards
-from ldm.tasks.evaluate import _captions, _image_shards, evaluate_run
+from ldm.tasks.work.encode import encode_shards
+from ldm.tasks.work.evaluate import _captions, _image_shards, evaluate_run
 from ldm.training.run.fit import train_run
 
 

@@ -19,7 +19,7 @@ from merge_models import lora, saved, states
 from safetensors.torch import load_file, save_file
 from tiny_training import config, make_data, watched
 
-import ldm.tasks.evaluate as evaluation
+import ldm.tasks.work.evaluate as evaluation
 from ldm import Pipeline, merge
 from ldm.adapters.content import Embedding
 from ldm.errors import ConfigError, NotFinite

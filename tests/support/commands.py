@@ -19,6 +19,8 @@ def ldm(*arguments: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
 
 def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """What `ldm` gives, in this process: ten times faster. An error that is no refusal is raised."""
+    from hydra.core.hydra_config import HydraConfig
+
     from ldm.run import run
 
     out, err, typed = io.StringIO(), io.StringIO(), sys.argv
@@ -27,6 +29,7 @@ def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
             code = run(arguments)
     finally:
         sys.argv = typed
+        HydraConfig.instance().cfg = None  # what ran here is over
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image, ImageDraw
 from tiny_training import CONF, config, make_data
 
-from ldm.config.root import register
-from ldm.tasks.train import train
+from ldm.config.schema import register
+from ldm.tasks.work.train import train
 from ldm.training.run.fit import train_run
 
 SHORT = ["image_size=32", "batch_size=2", "max_steps=3", "logger=none", "trainer=debug", "num_steps=2", "guidance=1.5"]

@@ -4,8 +4,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from tiny_training import CONF
 
-from ldm.config.root import register
-from ldm.tasks.train import train
+from ldm.config.schema import register
+from ldm.tasks.work.train import train
 
 SHORT = [
     "image_size=64",

@@ -13,10 +13,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import ldm.training.run.fit as training_run
-from ldm.config.root import plain, register
+from ldm.config.root import plain
+from ldm.config.schema import register
 from ldm.data.shards.writer import write_dataset
 from ldm.data.sources.shapes import ShapesSource
-from ldm.tasks.encode import encode_shards
+from ldm.tasks.work.encode import encode_shards
 from ldm.training.run.fit import Finished, train_run
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -21,7 +21,7 @@ from ldm import Pipeline
 from ldm.checkpoints.load import load_any
 from ldm.errors import ConfigError
 from ldm.pictures import from_pil
-from ldm.tasks.convert import convert
+from ldm.tasks.convert import Convert
 from ldm.training.run.fit import train_run
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def converted(checkpoint: Path, output: Path, format: str, **options: str) -> Pa
     settings = OmegaConf.merge(
         task(), {"checkpoint": str(checkpoint), "output": str(output), "format": format, **options}
     )
-    assert convert(settings) == {}
+    assert Convert.run(settings) == {}
     return output
 
 
@@ -160,7 +160,7 @@ def test_what_a_converter_is_not_told_or_may_not_do(place, sources, tiny_run):
     ]:
         settings = {"checkpoint": checkpoint and str(checkpoint), "output": str(new), "format": "diffusers", **options}
         with pytest.raises(ConfigError, match=words):
-            convert(OmegaConf.merge(task(), settings))
+            Convert.run(OmegaConf.merge(task(), settings))
     assert not list(place.glob("never*"))
 
 

@@ -10,8 +10,8 @@ import torch
 from commands import here
 from few import make_base
 
-import ldm.tasks.encode as encoding
-import ldm.tasks.evaluate as evaluating
+import ldm.tasks.work.encode as encoding
+import ldm.tasks.work.evaluate as evaluating
 from ldm.checkpoints.load import load_any
 from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError

@@ -16,11 +16,11 @@ from ldm import merge
 from ldm.adapters.content import Lora, LowRank
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.save import save_any
-from ldm.config.root import check_keys_are_read
+from ldm.config.schema import check_keys_are_read
 from ldm.errors import ConfigError
 from ldm.formats.adapters import write_adapter
 from ldm.run import quoted
-from ldm.tasks.merge import merge_task
+from ldm.tasks.merge import Merge
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_what_is_typed_wrong_is_one_line(place, pair):
         ({"checkpoints": pair, "output": "x", "ratios": 0.5}, r"ratios=0.5: give a list .* ratios=\[0.7,0.3\]"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            merge_task(OmegaConf.merge(task, typed))
+            Merge.run(OmegaConf.merge(task, typed))
     done = here("task=merge", "checkpoints=[no where,x]", "output=x", cwd=place)
     assert (done.returncode, done.stderr) == (2, "error: checkpoint=no where: there is nothing at this path.\n")
     with pytest.raises(ConfigError, match="rank= is not read by task=convert, but by task=merge"):

@@ -20,7 +20,7 @@ from ldm.build import build
 from ldm.formats.adapters import write_adapter
 from ldm.pictures import film_strip, from_pil, grid, to_pil
 from ldm.sampling import Noise, chosen_steps
-from ldm.tasks.sample import split_weight
+from ldm.tasks.work.sample import split_weight
 
 pytestmark = pytest.mark.slow
 STEPS = 3

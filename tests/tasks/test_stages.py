@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 from commands import here
 
-import ldm.tasks.training.stages as training
+import ldm.tasks.work.stages as training
 
 ASK = ["experiment=quickstart", "debug=fast_dev_run", "logger=none", "name=x", "eval_images=2"]
 STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")

@@ -13,7 +13,7 @@ from ldm.run import named_sweep, quoted
 from ldm.sweep.arms import Arm, best_arm, record
 from ldm.sweep.measured import check_optimized
 
-STUB = ["-m", "task._target_=stub_task.run", "name=s"]
+STUB = ["-m", "task._target_=stub_task.Stub", "name=s"]
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_two_arms_never_share_a_directory(typed, different):
 
 @pytest.mark.slow
 def test_the_arms_that_hydra_runs_are_those(tmp_path):
-    typed = ["task._target_=stub_task.run", "name=s", "seed=1,1,2", "~callbacks.progress"]
+    typed = ["task._target_=stub_task.Stub", "name=s", "seed=1,1,2", "~callbacks.progress"]
     for arguments in (["-m", *typed], [*typed[:2], "-m", *typed[2:]]):
         done = here(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_a_space_that_a_file_describes(tmp_path):
     space = "hydra: {sweeper: {params: {seed: '1,2', optimizer.lr: 'choice(0.1)'}}}\noutputs: elsewhere\n"
     (tmp_path / "own/experiment/mine.yaml").write_text(f"# @package _global_\n{space}")
     for steps in (3, 9):  # another length of the same sweep goes on in the same arms
-        common = ["-m", "experiment=mine", "name=s", f"max_steps={steps}", "task._target_=stub_task.run"]
+        common = ["-m", "experiment=mine", "name=s", f"max_steps={steps}", "task._target_=stub_task.Stub"]
         done = here(*common, "--config-dir", str(tmp_path / "own"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     directories = [arm for _, arm in stub_task.CALLS]
@@ -169,13 +169,14 @@ def test_the_best_arm_by_the_metrics_name_or_the_sweepers_direction():
 def test_what_a_run_measures_is_known_before(tiny_run):
     from hydra import compose, initialize_config_dir
 
-    from ldm.config.root import conf_dir, register
-    from ldm.tasks.training.stages import Stages
+    from ldm.config.root import conf_dir
+    from ldm.config.schema import register
+    from ldm.tasks.work.stages import Stages
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", overrides=["experiment=quickstart", "debug=fast_dev_run", "export=null"])
-    known = Stages(config, None).measured()
+    known = Stages(config).measured()
     logged = {k for line in (tiny_run / "metrics.jsonl").read_text().splitlines() for k in json.loads(line)}
     scores = json.loads((tiny_run / "evaluation-ema/evaluation.json").read_text())["metrics"]
     assert logged - {"step", "images", "time"} <= known and set(scores) <= known and "autoencoder/val/psnr" in known

@@ -18,7 +18,7 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import ConfigError
 from ldm.sampling import Request, Sampler
-from ldm.tasks.encode import encode_shards
+from ldm.tasks.work.encode import encode_shards
 from ldm.text.classes import ClassTable
 from ldm.training.run.fit import train_run
 

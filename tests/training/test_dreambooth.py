@@ -19,7 +19,7 @@ from ldm.checkpoints.stages import to_native
 from ldm.data.samples import sequential
 from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
-from ldm.tasks.training.prior import draw_class_pictures
+from ldm.tasks.work.prior import draw_class_pictures
 from ldm.training.masks import RandomMasks
 from ldm.training.randomness import Draws, normal, seed_of, uniform
 from ldm.training.run.build import build_module

@@ -23,8 +23,8 @@ from ldm.data.sources.folder import FolderSource
 from ldm.errors import ConfigError
 from ldm.pictures import to_unit
 from ldm.run import quoted
-from ldm.tasks.encode import encode_shards
-from ldm.tasks.train import train
+from ldm.tasks.work.encode import encode_shards
+from ldm.tasks.work.train import train
 from ldm.text.encoder import TextEncoder
 from ldm.text.templates import Templates, one_caption
 from ldm.training.randomness import uniform

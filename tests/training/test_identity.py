@@ -8,9 +8,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm.config.check import module_kind
-from ldm.config.root import conf_dir, digest, plain, register
+from ldm.config.root import conf_dir, digest, plain
+from ldm.config.schema import register
 from ldm.errors import ConfigError
-from ldm.tasks.training.stages import Stages
+from ldm.tasks.work.stages import Stages
 from ldm.training.run.directory import RunDirectory
 from ldm.training.run.identity import decisive
 
@@ -50,7 +51,7 @@ def composed(*overrides):
 
 
 def quickstart(stage, *overrides):
-    values = plain(Stages(composed("experiment=quickstart", *overrides), None).configured(stage))
+    values = plain(Stages(composed("experiment=quickstart", *overrides)).configured(stage))
     return values
 
 

@@ -14,7 +14,8 @@ from tiny_training import TINY, make_data
 
 from ldm.errors import ConfigError
 from ldm.training.distributed import processes
-from ldm.training.distributed.meeting import Launch, expect_srun, first_host, launch
+from ldm.training.distributed.launch import Launch, expect_srun, launch
+from ldm.training.distributed.meeting import first_host
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals, binned
 

@@ -14,6 +14,7 @@ from typing import Any
 import ldm
 from ldm.errors import ConfigError
 from ldm.training.distributed import processes
+from ldm.training.distributed.launch import is_first
 
 LINGERS = 3.0  # seconds that a network's folder may take to show another host's file
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "webdataset")
@@ -53,7 +54,7 @@ def _check_shared(outputs: Path) -> None:
         seen = {"outputs": place if found else f"another folder ({outputs.resolve()})"}
         processes.agree(seen, "give one folder that all hosts share, outputs=/shared/outputs.")
     finally:
-        if processes.is_first():
+        if is_first():
             (outputs / name).unlink(missing_ok=True)
 
 

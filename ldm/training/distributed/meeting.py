@@ -9,75 +9,21 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ldm.errors import ConfigError
+from ldm.training.distributed.launch import Launch, OtherProcess
 from ldm.training.distributed.pulse import EXIT, Place, Pulse
 
 T = TypeVar("T")
 REMEDY = "Start as many processes as were announced; trainer.strategy.timeout= is how long is waited."
-
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among those that were started together."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    node: int = 0
-    by: str = ""  # torchrun or srun; "": one process
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
-def launch() -> Launch:
-    """Read from what torchrun (or whoever sets its variables) or srun say; one process where neither does."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local, node = int(env.get("LOCAL_RANK", 0)), int(env.get("GROUP_RANK", 0))
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), local, node, "torchrun")
-    # Only srun says how many tasks a step has. A batch script, a shell or a notebook in a job is one process, whatever
-    # SLURM_NTASKS promises.
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or 1)
-    if "SLURM_PROCID" in env and tasks > 1:
-        local, node = int(env.get("SLURM_LOCALID", 0)), int(env.get("SLURM_NODEID", 0))
-        return Launch(int(env["SLURM_PROCID"]), tasks, local, node, "srun")
-    return Launch()
-
-
-def expect_srun() -> None:
-    """trainer=ddp in a SLURM job: its tasks are processes, also where SLURM does not say which step this is."""
-    env = os.environ
-    known = "RANK" in env or "SLURM_STEP_NUM_TASKS" in env or env.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if known or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS") or 1) < 2:
-        return
-    env["SLURM_STEP_NUM_TASKS"] = env["SLURM_NTASKS"]
-    if env["SLURM_PROCID"] == "0":
-        print(
-            f"SLURM_NTASKS={env['SLURM_NTASKS']}: waiting for the other tasks. In an sbatch script the command begins "
-            "with srun; without trainer=ddp it is one process.",
-            file=sys.stderr,
-        )
-
-
-class OtherProcess(Exception):
-    """Another process of this job ended it; its log has the reason, this one has its line."""
-
-    def __init__(self, line: str, exit_code: int, told_here: bool):
-        super().__init__(line)
-        self.exit_code, self.told_here = exit_code, told_here  # told_here: it stands in this host's log already
 
 
 class Meeting:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.training.distributed.meeting import Launch, Meeting, OtherProcess, launch
+from ldm.training.distributed.launch import Launch, OtherProcess, launch
+from ldm.training.distributed.meeting import Meeting
 from ldm.training.run.directory import differences
 
 TIMEOUT = 1800.0  # seconds; conf/trainer/ddp.yaml
@@ -28,11 +29,6 @@ _BROKEN = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|s
 
 _meeting: Meeting | None = None
 _sums: tuple[Any, Any] | None = None  # the default group, and the CPU group of ours beside it
-
-
-def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
-    return launch().first
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ldm.errors import ConfigError
 from ldm.text.encoder import CLIPTokenized
 from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
-from ldm.training.distributed.meeting import launch
+from ldm.training.distributed.launch import is_first, launch
 from ldm.training.distributed.strategy import launched, opened
 from ldm.training.module import TrainedModule
 from ldm.training.run.build import build_module, build_parts, weight_seed
@@ -125,7 +125,7 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
     """Trains a module until its run's max_steps, from the newest checkpoint of the directory on."""
     config, data = job.config, job.data
     silence_advertisements()
-    first = processes.is_first()
+    first = is_first()
     trainer_node, plugins = launched(config["trainer"])
     # All are built, also those of the other stage: what is wrong with one is said before anything is trained.
     built = [build(node, "callbacks") for node in (config["callbacks"] or {}).values()]

@@ -13,10 +13,9 @@ from torch import nn
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.folder import Content, write
 from ldm.config.check import module_kind
-from ldm.config.root import FROZEN_DTYPES
 from ldm.errors import ConfigError
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FROZEN_DTYPES}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def frozen_parts(parts: Components, adapted: bool) -> dict[str, nn.Module]:

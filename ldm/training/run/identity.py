@@ -7,13 +7,13 @@ another's.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from ldm.config.check import module_kind
-from ldm.config.root import Root, conf_dir, without_references
+from ldm.config.root import conf_dir, without_references
+from ldm.config.schema import read_by_task_of
 
 FORM = 2  # of what is written down; 1 named what decides, and missed some
 
@@ -70,10 +70,9 @@ def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
 
     Equal runs have equal ones: 2 processes of 8 and 16 in one, 1 and 1.0.
     """
-    trained = {f.name for f in fields(Root) if "train" in f.metadata["tasks"]}
     kind = module_kind(config)
     left_out = {*NOT_DECISIVE, *OF_THE_OTHER[kind]}
-    found = {k: v for k, v in config.items() if k in trained - left_out}
+    found = {k: v for k, v in config.items() if k in read_by_task_of(config) - left_out}
     found["module"] = _module(config["module"])
     data, trainer = config["data"], config["trainer"]
     accumulate = config["accumulate"]

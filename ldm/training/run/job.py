@@ -17,7 +17,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
 from ldm.text.templates import Templates
 from ldm.training.distributed import processes
-from ldm.training.distributed.meeting import launch
+from ldm.training.distributed.launch import is_first, launch
 from ldm.training.distributed.strategy import check_trainer
 from ldm.training.run.captions import caption_templates, captions_read, class_names, reads_captions, words_of
 from ldm.training.run.class_images import ClassImages, read_class_images
@@ -87,7 +87,7 @@ def agree(job: Job) -> None:
 def remark_on_few(job: Job) -> None:
     """Says what so few pictures mean, on the first process."""
     data, templates = job.data, job.templates
-    if data.mode != "index" or not processes.is_first():
+    if data.mode != "index" or not is_first():
         return
     n, pictures = data.n_train, f"{data.n_train} picture{'s' if data.n_train > 1 else ''}"
     if data.validates_on_training:

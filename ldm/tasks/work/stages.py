@@ -22,12 +22,13 @@ from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
 from ldm.report import write_report
 from ldm.sweep.measured import check_optimized, of_evaluation, of_training
-from ldm.tasks.encode import encode_shards
-from ldm.tasks.evaluate import built_metrics, evaluate_run
-from ldm.tasks.prepare import prepare_shards
-from ldm.tasks.training.prior import class_latents
-from ldm.tasks.training.runs import say, trained
+from ldm.tasks.work.encode import encode_shards
+from ldm.tasks.work.evaluate import built_metrics, evaluate_run
+from ldm.tasks.work.prepare import prepare_shards
+from ldm.tasks.work.prior import class_latents
+from ldm.tasks.work.runs import say, trained
 from ldm.training.distributed import processes
+from ldm.training.distributed.launch import is_first
 from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, reads_captions
 from ldm.training.run.directory import write_json
@@ -90,7 +91,7 @@ def encode(values: dict[str, Any], command: Stages) -> Made:
 
 def diffusion(values: dict[str, Any], command: Stages) -> Made:
     """The run itself."""
-    finished = trained(command.config, values, command.job_dir)
+    finished = trained(command.config, values)
     told = {"path": str(finished.path), "step": finished.step}
     return Made(told, {"checkpoint": str(finished.path)}, finished.metrics, finished.path)
 
@@ -145,8 +146,8 @@ class Stages:
     run or another arm of a sweep finds them; the diffusion model is the run itself.
     """
 
-    def __init__(self, config: DictConfig, job_dir: Path | None):
-        self.config, self.job_dir = config, job_dir  # job_dir: of an arm of a sweep
+    def __init__(self, config: DictConfig):
+        self.config = config
         self.made: dict[str, Any] = {}  # stage -> what the report tells of it
         self.found: dict[str, Any] = {}  # keys that earlier stages pass on
         self.run_directory = Path()  # of what was trained last: the report's place
@@ -195,7 +196,7 @@ class Stages:
         for stage in self.stages:
             started = time.time()
             values = plain(self.configured(stage))
-            if processes.is_first():
+            if is_first():
                 print(f"--- {stage}", flush=True)
             made = STAGES[stage](values, self)
             self.found |= made.passes

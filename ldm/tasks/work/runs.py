@@ -15,15 +15,17 @@ from ldm.checkpoints.load import load_any
 from ldm.checkpoints.save import save_any
 from ldm.config.check import module_kind
 from ldm.errors import ConfigError
+from ldm.sweep.arms import Arm
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.distributed import processes
+from ldm.training.distributed.launch import is_first
 from ldm.training.run.fit import Finished, train_run
 
 
-def trained(config: DictConfig, values: dict[str, Any], job_dir: Path | None) -> Finished:
+def trained(config: DictConfig, values: dict[str, Any]) -> Finished:
     """One run, and what leaves it; also when a signal ends it before its last step."""
     try:
-        finished = train_run(values, lambda digest: _directory(config, digest, job_dir))
+        finished = train_run(values, lambda digest: _directory(config, digest))
     except Interrupted as stop:
         folder = stop.folder  # bound here: `stop` is gone after this block
         processes.by_first(lambda: _export(config, folder))
@@ -56,13 +58,14 @@ def _export(config: DictConfig, checkpoint: Path) -> None:
         print(f"not exported: {error} Later: python -m ldm.run task=convert checkpoint={run} format= output=")
 
 
-def _directory(config: DictConfig, digest: str, job_dir: Path | None) -> Path:
-    if job_dir is not None:
-        return job_dir
+def _directory(config: DictConfig, digest: str) -> Path:
+    arm = Arm.current()
+    if arm is not None:
+        return arm.directory
     return Path(config.outputs) / (config.name or f"{config.experiment}-{digest}-seed{config.seed}")
 
 
 def say(finished: Finished) -> None:
     did = "trained to" if finished.trained else "was finished before, at"
-    if processes.is_first():
+    if is_first():
         print(f"{finished.path}: {did} step {finished.step}")

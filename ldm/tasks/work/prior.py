@@ -16,8 +16,8 @@ from ldm.data.shards.writer import Written
 from ldm.data.sources.tree import pictures_in
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
-from ldm.tasks.encode import encode_shards
-from ldm.tasks.prepare import prepare_shards
+from ldm.tasks.work.encode import encode_shards
+from ldm.tasks.work.prepare import prepare_shards
 
 
 def check_prior(config: DictConfig) -> None:
