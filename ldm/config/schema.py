@@ -96,7 +96,7 @@ class Key:
             return None
         if choices and value not in choices:
             leave = ", or leave it out" if self.default is None else ""
-            return f"{self.name}={value}: choose one of {', '.join(choices)}{leave}."
+            return f"{self.name}={value}: choose {', '.join(choices[:-1])} or {choices[-1]}{leave}."
         if most is not None and not least <= value <= most:
             return f"{self.name}={value}: must lie in [{least}, {most}]."
         if least is not None and not value >= least:

@@ -83,7 +83,7 @@ def test_a_task_of_ones_own(own, tmp_path):
     assert (done.returncode, done.stdout) == (0, "into x=y\n"), done.stderr
     for typed, said in {
         "how_often=4": "how_often=4: must lie in [1, 3].",
-        "unit=none": "unit=none: choose one of each, all.",
+        "unit=none": "unit=none: choose each or all.",
         "prompt=x": "prompt= is not read by task=count, but by task=sample: leave it out.",
     }.items():
         done = here("task=count", typed, found, cwd=tmp_path)
