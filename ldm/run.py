@@ -21,9 +21,9 @@ from ldm.config.choices import drop_leftovers, said_in_words
 from ldm.config.root import conf_dir, digest
 from ldm.config.schema import check_keys_are_read, look_in, register, schema, task_class
 from ldm.errors import ConfigError, Ended
+from ldm.launch import is_first, launch
 from ldm.sweep.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
-from ldm.training.distributed.launch import is_first, launch
 
 FREE_TEXT = ("adapter.textual_inversion.placeholder", "adapter.textual_inversion.initial_text")  # below the root
 
@@ -222,7 +222,7 @@ def _check_trainer(arguments: Sequence[str]) -> None:
     if any(a.startswith("task=") and a != "task=train" for a in arguments):
         return
     if "trainer=ddp" in arguments:
-        from ldm.training.distributed.launch import expect_srun
+        from ldm.launch import expect_srun
 
         expect_srun()
     typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))

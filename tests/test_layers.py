@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "ldm.errors",
     "ldm.atomic",
+    "ldm.launch",
     "ldm.untrusted",
     "ldm.diffusion",
     "ldm.models",

@@ -45,6 +45,9 @@ def explain(error: BaseException) -> str | None:
     value = re.search(r"Value '([^']*)'[^.]*? could not be converted to (\w+)", text)
     if value and found:
         return f"{found.group(1)}={value.group(1)}: expected {value.group(2).lower()}."
+    kind = re.search(r"Cannot assign (\w+) to (\w+)", text)
+    if kind and found:
+        return f"{found.group(1)}: expected {kind.group(2).lower()}, not {kind.group(1)}."
     override = getattr(error, "override", None)
     if override:
         return f"{override}: this cannot be read ({_one_line(str(error))}). Put the value in quotes: key='\"a, b\"'."

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.root import digest
 from ldm.errors import ConfigError, Ended, NotFinite, SweepError, nearest
-from ldm.training.distributed.launch import OtherProcess, is_first
+from ldm.launch import OtherProcess, is_first
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
 FAILED = 3  # exit code of a sweep in which an arm failed, as of a run that diverged

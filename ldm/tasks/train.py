@@ -26,7 +26,7 @@ from ldm.config.keys import (
 @dataclass
 class Train(Diffused, Guided, Scored, Checkpoint, Pictures, Shards, ImageSize, Batches, Seeded, Task):
     name: str | None = key(None, "run directory under `outputs`; default: experiment, digest and seed", holds="path")
-    stages: Any = key({}, "stages of one command, in order, each with its own changes")
+    stages: dict[str, Any] | None = key({}, "stages of one command, in order, each with its own changes")
     # --- how long, on what
     max_steps: int = key(1000, "optimizer steps; a larger number continues a run of lr_scheduler=constant", least=1)
     accumulate: int = key(1, "micro-batches per optimizer step", least=1)

@@ -92,7 +92,10 @@ def test_frozen_parts_in_bfloat16(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["frozen_dtype=int8"], "choose float32, bfloat16 or float16"), (["frozen_dtype=bfloat16", "module=autoencoder"], "nothing")],
+    [
+        (["frozen_dtype=int8"], "choose float32, bfloat16 or float16"),
+        (["frozen_dtype=bfloat16", "module=autoencoder"], "nothing"),
+    ],
 )
 def test_types_that_cannot_be_are_refused(overrides, message, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=message):

@@ -13,8 +13,8 @@ from ranks import command, free_port, on_ranks
 from tiny_training import TINY, make_data
 
 from ldm.errors import ConfigError
+from ldm.launch import Launch, expect_srun, launch
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import Launch, expect_srun, launch
 from ldm.training.distributed.meeting import first_host
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals, binned

@@ -15,10 +15,10 @@ from ldm.checkpoints.load import load_any
 from ldm.checkpoints.save import save_any
 from ldm.config.check import module_kind
 from ldm.errors import ConfigError
+from ldm.launch import is_first
 from ldm.sweep.arms import Arm
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import is_first
 from ldm.training.run.fit import Finished, train_run
 
 

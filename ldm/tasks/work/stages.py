@@ -20,6 +20,7 @@ from ldm.data.fields import fields_of
 from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
+from ldm.launch import is_first
 from ldm.report import write_report
 from ldm.sweep.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.work.encode import encode_shards
@@ -28,7 +29,6 @@ from ldm.tasks.work.prepare import prepare_shards
 from ldm.tasks.work.prior import class_latents
 from ldm.tasks.work.runs import say, trained
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import is_first
 from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, reads_captions
 from ldm.training.run.directory import write_json

@@ -32,6 +32,8 @@ def train(config: DictConfig) -> dict[str, float]:
     """Trains; with `stages` does each in turn, passing on what it made. What is there already is not done again."""
     if config.adopt is None:
         config.adopt = bool(config.checkpoint)
+    if config.stages is None:
+        config.stages = {}
     settle_sampling(config)
     check(config)
     check_trainer(plain(config.trainer))

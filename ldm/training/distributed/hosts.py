@@ -13,8 +13,8 @@ from typing import Any
 
 import ldm
 from ldm.errors import ConfigError
+from ldm.launch import is_first
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import is_first
 
 LINGERS = 3.0  # seconds that a network's folder may take to show another host's file
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "webdataset")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ldm.errors import ConfigError
-from ldm.training.distributed.launch import Launch, OtherProcess
+from ldm.launch import Launch, OtherProcess
 from ldm.training.distributed.pulse import EXIT, Place, Pulse
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.training.distributed.launch import Launch, OtherProcess, launch
+from ldm.launch import Launch, OtherProcess, launch
 from ldm.training.distributed.meeting import Meeting
 from ldm.training.run.directory import differences
 

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from ldm.errors import ConfigError
-from ldm.training.distributed.launch import Launch, launch
+from ldm.launch import Launch, launch
 from ldm.training.distributed.processes import TIMEOUT, group, met
 
 WHOLE = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")

@@ -17,10 +17,10 @@ from ldm.checkpoints.folder import State, load_parts, newest, read_config, read_
 from ldm.checkpoints.pretrained import load_pretrained
 from ldm.config.root import digest
 from ldm.errors import ConfigError
+from ldm.launch import is_first, launch
 from ldm.text.encoder import CLIPTokenized
 from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import is_first, launch
 from ldm.training.distributed.strategy import launched, opened
 from ldm.training.module import TrainedModule
 from ldm.training.run.build import build_module, build_parts, weight_seed

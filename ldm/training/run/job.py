@@ -15,9 +15,9 @@ from ldm.config.check import module_kind
 from ldm.config.root import digest
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import ConfigError
+from ldm.launch import is_first, launch
 from ldm.text.templates import Templates
 from ldm.training.distributed import processes
-from ldm.training.distributed.launch import is_first, launch
 from ldm.training.distributed.strategy import check_trainer
 from ldm.training.run.captions import caption_templates, captions_read, class_names, reads_captions, words_of
 from ldm.training.run.class_images import ClassImages, read_class_images
