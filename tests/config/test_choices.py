@@ -56,6 +56,7 @@ def test_nothing_beside_every_experiment(chosen, experiment):
     assert not config["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [g for g in CAN_BE_EMPTY if g not in NO_NODES])
 @pytest.mark.parametrize("word", ["null", "none", "[]"])
 def test_nothing_beside_keys_that_an_experiment_sets(chosen, tmp_path, group, word):

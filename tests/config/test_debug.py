@@ -16,6 +16,7 @@ from ldm.data.sources.shapes import ShapesSource
 DEBUGS = sorted(p.stem for p in (CONF / "debug").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("debug", DEBUGS)
 def test_every_experiment_takes_ones_own_pictures(experiment, debug):

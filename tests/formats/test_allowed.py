@@ -76,6 +76,7 @@ DOORS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds(Path("x")))
 def test_evil_configurations_are_refused_before_anything_happens(kind, copy, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_SECRET", "secret-of-this-machine")

@@ -80,6 +80,7 @@ def folder(sd1_folder, tmp_path):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("varied", VARIED, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()))
 def test_a_setting_goes_through_every_layout(folder, tmp_path, varied):
     theirs = model(**varied)

@@ -204,6 +204,7 @@ def wrong(name, cases, numbers):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _SAMPLERS)
 def test_each_key_alone(name):
     assert wrong(name, [{}, *settings(name)], [10]) == {}

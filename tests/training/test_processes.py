@@ -142,6 +142,7 @@ def test_nothing_of_ours_reduces_where_there_is_no_cpu_backend(backend):
         assert rank.value == (backend != "gloo", {"loss": 6.5, "by_t/2": 1.0}, 6), rank
 
 
+@pytest.mark.slow
 def test_processes_started_again_meet_again():
     """torchrun keeps its store when it starts the processes again: what was in it is not taken for news."""
     port = free_port()
@@ -164,6 +165,7 @@ def test_processes_started_again_meet_again():
     del kept
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_named(tmp_path):
     def stop(rank):
         with processes.together(1.5), processes.group("gloo"):
@@ -208,6 +210,7 @@ def test_layers_draw_by_the_place_in_the_step():
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.slow
 def test_other_hosts_commands_and_folders_are_refused(tmp_path):
     hosts = [{"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": str(r)} for r in range(2)]
     typed = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.strategy.timeout=20", "shards=nowhere", "name=x")
