@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from ldm.build import MARKS, allowed_by_user
+from ldm.build import MARKS
 from ldm.config.check import locate
-from ldm.config.root import conf_dir
+from ldm.config.root import allowed_by_user, conf_dir
 from ldm.errors import ConfigError
 from ldm.untrusted import read_yaml, shown
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -12,16 +11,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm.config.check import check_node, locate
+from ldm.config.root import allowed_by_user, within
 from ldm.errors import ConfigError
 
 # What the command line and one's own YAML build from; a file of somebody else names less: ldm/allowed.py.
 PACKAGES = ("ldm", "torch.optim", "torch.nn", "lightning", "torchmetrics")
 MARKS = ("_target_", "_partial_", "_convert_")
-
-
-def allowed_by_user() -> tuple[str, ...]:
-    """Packages and names of your own, as LDM_ALLOW lists them ("mypackage,other.module.Class")."""
-    return tuple(p.strip(" .") for p in os.environ.get("LDM_ALLOW", "").split(",") if p.strip(" ."))
 
 
 def check_targets(node: Any, path: str = "config") -> None:
@@ -30,7 +25,7 @@ def check_targets(node: Any, path: str = "config") -> None:
         if "_target_" in node:
             target, packages = str(node["_target_"]), (*PACKAGES, *allowed_by_user())
             homes = tuple(p.split(".")[0] for p in allowed_by_user())  # mine.Net may be written in mine.networks
-            if not (_within(target, packages) and _within(_home(locate(target, path)), (*PACKAGES, *homes))):
+            if not (within(target, packages) and within(_home(locate(target, path)), (*PACKAGES, *homes))):
                 raise ConfigError(
                     f"{path}._target_={target} is outside the packages that configurations may build from "
                     f"({', '.join(packages)}): for code of your own set LDM_ALLOW=yourpackage."
@@ -40,10 +35,6 @@ def check_targets(node: Any, path: str = "config") -> None:
     elif isinstance(node, list):
         for i, value in enumerate(node):
             check_targets(value, f"{path}[{i}]")
-
-
-def _within(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == p or name.startswith(f"{p}.") for p in packages)
 
 
 def _home(found: Any) -> str:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from ldm.config.choices import drop_leftovers, said_in_words
 from ldm.config.root import conf_dir, digest
-from ldm.config.schema import check_keys_are_read, look_in, register, schema, task_class
+from ldm.config.schema import check_keys_are_read, look_in, problems, register, schema, task_class
 from ldm.errors import ConfigError, Ended
 from ldm.launch import is_first, launch
 from ldm.sweep.arms import FAILED, Arm, run_arm
@@ -35,7 +35,13 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that this terminal cannot show end nothing
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -102,6 +108,9 @@ def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
     if not (kind.in_every_process or is_first()):
         return {}
     drop_leftovers(config, overrides)
+    wrong = problems(config, task)  # type: ignore[arg-type]
+    if wrong:
+        raise ConfigError(" ".join(wrong))
     config.experiment = choices.get("experiment") or task
     if arm is not None and kind.own_folder:  # into one folder they would write over each other
         config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)

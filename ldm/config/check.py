@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.root import plain, reference
+from ldm.config.schema import problems as key_problems
 from ldm.config.schema import read_by, schema
 from ldm.errors import ConfigError, nearest
 
@@ -21,7 +22,7 @@ def check(config: DictConfig, task: str | None = None) -> None:
     task: its own groups alone are checked, because others may not know what this task's keys may be (a list of seeds).
     """
     others = set() if task is None else set(schema()) - read_by(task)
-    problems = [problem for key in schema().values() if (problem := key.problem(config.get(key.name)))]
+    problems = key_problems(config, task)  # type: ignore[arg-type]
     for name, node in plain(config).items():
         if name == "module" and name not in others:  # what it refers to is looked at where it stands
             said = OmegaConf.to_container(config.module, resolve=True)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from ldm.config.choices import MANY
 from ldm.config.schema import group_names, options, schema
 from ldm.errors import ConfigError, nearest
 
+MENU = 20  # names that fit a line
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_OURS = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -45,6 +47,8 @@ def explain(error: BaseException) -> str | None:
     value = re.search(r"Value '([^']*)'[^.]*? could not be converted to (\w+)", text)
     if value and found:
         return f"{found.group(1)}={value.group(1)}: expected {value.group(2).lower()}."
+    if "is not Optional" in text and found:
+        return f"{found.group(1)}=null: it needs a value."
     kind = re.search(r"Cannot assign (\w+) to (\w+)", text)
     if kind and found:
         return f"{found.group(1)}: expected {kind.group(2).lower()}, not {kind.group(1)}."
@@ -71,11 +75,15 @@ def _unknown_key(key: str) -> str:
     if not rest:
         names = ", ".join(options(first))
         return f"{first}= takes the name of an option ({names}); what is in it is set by its keys, {first}.KEY=VALUE."
+    if first in MANY and rest in options(first):
+        return f"{key}: {first} has no '{rest}' yet: add it by +{first}@{key}={rest}, or have it alone, {first}={rest}."
     leaf = rest.split(".")[-1]
     having = [path.stem for path in files if leaf in _keys(path)]
     if having:
         return f"{key}: the {first} chosen here has no '{leaf}': choose one that has, {first}={'|'.join(having)}."
-    return f"{key}: {first} has no '{leaf}'.{nearest(leaf, sorted(set().union(*map(_keys, files))))}"
+    known = sorted(set().union(*map(_keys, files)) - {"_target_", "_partial_", "defaults"})
+    near = nearest(leaf, known) or (f" There is: {', '.join(known)}." if len(known) <= MENU else "")
+    return f"{key}: {first} has no '{leaf}'.{near}"
 
 
 def _keys(path: Path) -> set[str]:

@@ -18,14 +18,14 @@ usage: python -m ldm.run [experiment=NAME] [task=TASK] [group=option ...] [key=v
   python -m ldm.run task=convert checkpoint=sd15.ckpt format=diffusers output=sd15
   python -m ldm.run -m experiment=quickstart scheduler=cosine,flow     a sweep: outputs/<sweep>/results.csv
 
-More: --help task=sample shows a task with its keys, --help sampler a group with its options.
+More: --help task=sample shows a task with its keys, --help sampler a group, --help sampler=heun what an option sets.
 Options: --cfg job prints the composed configuration, --config-dir DIR adds a folder of your own options,
 -m sweeps over comma-separated values. Any value inside a group is a key too: optimizer.lr=1e-4.
 """
 
 
 def help_text(asked: Sequence[str] = ()) -> str:
-    """What --help prints, alone or with `task=NAME` or the name of a group. ConfigError for what there is not."""
+    """What --help prints, alone or with `task=NAME`, a group or `group=option`. ConfigError for what there is not."""
     if not asked:
         return _everything()
     name = asked[0].removeprefix("task=") if asked[0].startswith("task=") else asked[0].partition("=")[0]
@@ -34,7 +34,8 @@ def help_text(asked: Sequence[str] = ()) -> str:
     if asked[0].startswith("task=") or name not in group_names():
         known = [*(f"task={t}" for t in tasks()), *group_names()]
         raise ConfigError(f"--help {asked[0]}: there is no such task or group.{nearest(asked[0], known)} See --help.")
-    return _group(name)
+    chosen = options(name).get(asked[0].partition("=")[2])
+    return _group(name) if chosen is None else f"{asked[0]}: {said_of(chosen)}\n\n{_body(chosen)}"
 
 
 def said_of(file: Path) -> str:
@@ -66,13 +67,19 @@ def _group(group: str) -> str:
     return "\n".join([f"{group}: {schema()[group].about['help']}", "", *lines])
 
 
+def _body(file: Path) -> str:
+    """What an option sets: each line is a key, group.key=value."""
+    return "\n".join(f"  {line}" for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#")
+
+
 def _without_groups(keys: dict[str, Key]) -> list[Key]:
     return [k for k in keys.values() if not k.is_group]
 
 
 def _line(key: Key) -> str:
     shown = key.default is not None and isinstance(key.default, (int, float, str))
-    return f"  {key.name:<18}{key.about['help']}" + (f" [{key.default}]" if shown else "")
+    default, bounds = f" [{key.default}]" if shown else "", f" ({key.bounds})" if key.bounds else ""
+    return f"  {key.name:<18}{key.about['help']}{default}{bounds}"
 
 
 def _short(text: str) -> str:

@@ -50,7 +50,10 @@ class Task:
 
     @staticmethod
     def run(config: DictConfig) -> dict[str, float]:
-        """Does it. config: the composed configuration. Returns its numbers, of which a sweep optimises one."""
+        """Does it. config: the composed configuration, whose keys are within their bounds; `ldm.config.check.check`
+        also judges its groups. Returns its numbers, of which a sweep optimises one. Raises ConfigError for what a
+        person can mend.
+        """
         raise NotImplementedError
 
 

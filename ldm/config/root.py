@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ def option(group: str, name: str) -> DictConfig:
     found = OmegaConf.load(conf_dir() / group / f"{name}.yaml")
     assert isinstance(found, DictConfig)
     return found
+
+
+def allowed_by_user() -> tuple[str, ...]:
+    """Packages and names of your own, as LDM_ALLOW lists them ("mypackage,other.module.Class")."""
+    return tuple(p.strip(" .") for p in os.environ.get("LDM_ALLOW", "").split(",") if p.strip(" ."))
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of `packages`, or in one."""
+    return any(name == p or name.startswith(f"{p}.") for p in packages)
 
 
 def digest(value: Any, length: int = 8) -> str:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from ldm.config.keys import Task, key
-from ldm.config.root import conf_dir
+from ldm.config.root import allowed_by_user, conf_dir, within
 from ldm.errors import ConfigError, nearest
 
 FIRST = "train"  # the task that is done where none is named
@@ -63,8 +63,12 @@ def tasks() -> dict[str, type[Task]]:
 def task_class(name: str, target: str) -> type[Task]:
     """The task that a `_target_` names. ConfigError where it names none."""
     module, _, attribute = target.rpartition(".")
+    if not within(target, ("ldm", *allowed_by_user())):
+        raise ConfigError(f"task={name}: its _target_={target} is not ours: for code of your own, LDM_ALLOW={module}.")
     try:
         found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"task={name}: its _target_={target} is not found ({error}): set PYTHONPATH.") from error
     except Exception as error:
         raise ConfigError(f"task={name}: its _target_={target} cannot be imported ({error}).") from error
     if not (isinstance(found, type) and issubclass(found, Task) and is_dataclass(found)):
@@ -86,22 +90,33 @@ class Key:
     def is_group(self) -> bool:
         return bool(self.about.get("group"))
 
+    @property
+    def kind(self) -> str:
+        """Type and default, in words."""
+        return f"{getattr(self.type, '__name__', self.type)}, by default {self.default}"
+
     def field(self) -> Any:
         return key(self.default, "")
 
     def problem(self, value: Any) -> str | None:
         """Why the value cannot be; None where it can, or where it is left open."""
-        choices, least, most = (self.about.get(k) for k in ("choices", "least", "most"))
+        choices, least, most = (self.about.get(word) for word in ("choices", "least", "most"))
         if value is None:
             return None
         if choices and value not in choices:
             leave = ", or leave it out" if self.default is None else ""
             return f"{self.name}={value}: choose {', '.join(choices[:-1])} or {choices[-1]}{leave}."
-        if most is not None and not least <= value <= most:
-            return f"{self.name}={value}: must lie in [{least}, {most}]."
-        if least is not None and not value >= least:
-            return f"{self.name}={value}: must be at least {least}."
+        if (least is not None and not value >= least) or (most is not None and not value <= most):
+            return f"{self.name}={value}: must be {self.bounds}."
         return None
+
+    @property
+    def bounds(self) -> str:
+        """In words; empty where there are none."""
+        least, most = self.about.get("least"), self.about.get("most")
+        if least is not None and most is not None:
+            return f"from {least} to {most}"
+        return f"at least {least}" if least is not None else f"at most {most}" if most is not None else ""
 
 
 def keys_of(task: type[Task]) -> dict[str, Key]:
@@ -125,8 +140,8 @@ def schema() -> dict[str, Key]:
             old = merged.get(name, new)
             if (old.type, old.default, old.is_group) != (new.type, new.default, new.is_group):
                 raise ConfigError(
-                    f"{name}= is {new.type} with the default {new.default} in task={task}, and {old.type} with "
-                    f"{old.default} in task={old.readers[0]}: tasks share their keys, so give one another name."
+                    f"{name}= of task={task} is {new.kind}, and of task={old.readers[0]} {old.kind}: keys of one name "
+                    "have one type and one default, so give one another name."
                 )
             merged[name] = Key(name, old.type, old.default, old.about, (*old.readers, task))
     return merged
@@ -139,6 +154,12 @@ def group_names() -> list[str]:
 def read_by(task: str) -> set[str]:
     """Names of the keys that a task reads."""
     return {k.name for k in schema().values() if task in k.readers}
+
+
+def problems(config: Mapping[str, Any], task: str | None = None) -> list[str]:
+    """What cannot be among the values of keys: of those that a task reads, by its own rules, or of all."""
+    keys = schema() if task is None else keys_of(tasks()[task])
+    return [said for name, key in keys.items() if (said := key.problem(config.get(name)))]
 
 
 def read_by_task_of(config: Mapping[str, Any]) -> set[str]:

@@ -22,6 +22,21 @@ OptimizerMaker = Callable[..., torch.optim.Optimizer]  # of a list of (name, par
 LearningRate = Callable[[int], float]  # optimizer step -> factor of the optimizer's learning rate
 
 
+def is_beside(callback: Any, module: type) -> bool:
+    """Whether a callback, or its class, is meant for modules of this class: those that it `watches`; else all.
+
+    Raises ConfigError where `watches` is no class.
+    """
+    watched = getattr(callback, "watches", module)
+    if not isinstance(watched, type):
+        name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+        raise ConfigError(
+            f"{name}.watches is {watched!r}: name a module's class, ldm.training.latent_diffusion.LatentDiffusion or "
+            "ldm.training.autoencoder.AutoencoderTraining; without it the callback is for both."
+        )
+    return issubclass(module, watched)
+
+
 class TrainedModule(L.LightningModule):
     """Subclasses say which parts they hold (`parts`) and which of them are trained (`trained_parts`).
 

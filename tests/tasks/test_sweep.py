@@ -17,7 +17,8 @@ STUB = ["-m", "task._target_=stub_task.Stub", "name=s"]
 
 
 @pytest.fixture(autouse=True)
-def _no_calls():
+def _stub(monkeypatch):
+    monkeypatch.setenv("LDM_ALLOW", "stub_task")
     stub_task.CALLS.clear()
 
 

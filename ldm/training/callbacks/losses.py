@@ -22,6 +22,8 @@ class Diverged(RuntimeError):
 class Losses(L.Callback):
     """Logs the module's totals every `every_n_steps` steps; the sums so far are part of the checkpoint."""
 
+    decides = False  # what is trained is the same without it
+
     def __init__(self, every_n_steps: int = 10):
         self.every_n_steps = every_n_steps
         self.window: Totals | None = None

@@ -27,6 +27,7 @@ class _Pictures(L.Callback):
     """Calls `draw` on the first process every n steps and after the last; without drawing from any training stream."""
 
     watches: type[TrainedModule]  # the module beside which it runs
+    decides = False
     every_n_steps: int
 
     def on_train_batch_end(

@@ -18,6 +18,8 @@ from ldm.training.run.logging import log_metrics
 class ProgressBar(L.Callback):
     """One bar over all steps with loss, images/s and time left; in a log file a line every `every_n_steps` steps."""
 
+    decides = False  # what is trained is the same without it
+
     def __init__(self, every_n_steps: int = 50):
         self.every_n_steps = every_n_steps
         self._bar: Progress | None = None

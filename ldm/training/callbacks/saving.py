@@ -42,6 +42,8 @@ class Checkpoints(Checkpoint):
     keep_last: how many checkpoint folders stay; None keeps all.
     """
 
+    decides = False  # what is trained is the same without it
+
     def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2):
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
         self.directory = Path("checkpoints")  # set when the run directory is known

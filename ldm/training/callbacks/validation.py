@@ -19,6 +19,8 @@ class Validation(L.Callback):
     other callbacks (EarlyStopping with monitor=val/loss) get its hooks here, with the values in `callback_metrics`.
     """
 
+    decides = False  # what is trained is the same without it
+
     def __init__(self, every_n_steps: int = 500):
         self.every_n_steps = every_n_steps
 

@@ -19,7 +19,8 @@ class Step:
     """What the terms of a denoising network's loss look at: a micro-batch of N = B x noises_per_image noised latents.
 
     batch: as the loader gives it, B samples: "caption", and "image" uint8 (B,3,H,W) or "latent".
-    prediction: of the batch's own latents: x0, eps, level, x_t, output and the jump to x0, N of each.
+    prediction: of the batch's own latents: x0, eps, level, x_t, output and `jump`, the estimate of x0, N of each;
+        output and jump have gradients.
     class_prediction: the same of class pictures beside them (prior preservation), None without.
     hidden: by name, what the layers gave that terms ask for, N of each.
     """
@@ -34,7 +35,9 @@ class Step:
 class LossTerm(nn.Module):
     """One term of a denoising network's loss. What it has of parameters is trained and saved with the network.
 
-    weight: what it counts beside the others.
+    Losses logs it as train/NAME_loss, not yet weighted, NAME being its place in `losses`. Validation has the denoising
+    loss alone.
+    weight: what it counts beside the others; whoever sums the terms multiplies.
     layers: names of the network's submodules whose outputs it wants in `step.hidden`.
     needs_class_images: without class pictures it is left out.
     """

@@ -22,14 +22,14 @@ from ldm.text.encoder import CLIPTokenized
 from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
 from ldm.training.distributed.strategy import launched, opened
-from ldm.training.module import TrainedModule
+from ldm.training.module import TrainedModule, is_beside
 from ldm.training.run.build import build_module, build_parts, weight_seed
 from ldm.training.run.captions import captions_read, refuse_unsaid
 from ldm.training.run.checkpoint_io import FolderCheckpointIO
 from ldm.training.run.directory import RunDirectory
 from ldm.training.run.frozen import DTYPES, cast_frozen, keep_originals
 from ldm.training.run.job import Job, agree, remark_on_few, resolve
-from ldm.training.run.logging import RunLogger, last_metrics, silence_advertisements
+from ldm.training.run.logging import RunLogger, StepLogger, last_metrics, silence_advertisements
 
 
 @dataclass
@@ -129,7 +129,7 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
     trainer_node, plugins = launched(config["trainer"])
     # All are built, also those of the other stage: what is wrong with one is said before anything is trained.
     built = [build(node, "callbacks") for node in (config["callbacks"] or {}).values()]
-    callbacks = [c for c in built if c and isinstance(module, getattr(c, "watches", TrainedModule))]
+    callbacks = [c for c in built if c and is_beside(c, type(module))]
     trainer_node["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)  # true would add one
     previous = _resumed(directory)
     for callback in callbacks:
@@ -149,6 +149,9 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
         extra = {"directory": directory.path, "config": config, "images_per_step": images_per_step}
         loggers.append(build(config["logger"], "logger", **extra))
     trainer = build(trainer_node, "trainer", callbacks=callbacks, logger=loggers, plugins=[io, *plugins])
+    for logger in loggers:
+        if isinstance(logger, StepLogger):
+            logger.trainer = trainer
     step = read_manifest(previous)["step"] if previous else 0
     if first:
         loggers[0].forget_after(step)

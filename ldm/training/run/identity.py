@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
-from ldm.config.check import module_kind
+from ldm.config.check import locate, module_kind
 from ldm.config.root import conf_dir, without_references
 from ldm.config.schema import read_by_task_of
+from ldm.errors import ConfigError
+from ldm.training.module import is_beside
 
 FORM = 2  # of what is written down; 1 named what decides, and missed some
 
@@ -55,14 +57,6 @@ TRAINER = (
     ),
     *("default_root_dir", "accumulate_grad_batches"),
 )
-WATCHING = tuple(  # callbacks that change nothing, however they are set
-    f"ldm.training.callbacks.{name}"
-    for name in (
-        *("losses.Losses", "progress.ProgressBar", "validation.Validation", "saving.Checkpoints"),
-        *("pictures.Reconstructions", "pictures.JumpToX0", "pictures.Samples"),
-    )
-)
-LATENTS = "ldm.training.callbacks.latent_statistics.LatentStatistics"  # acts on autoencoders only
 
 
 def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
@@ -85,12 +79,19 @@ def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
         **_without(trainer, TRAINER),
         "accumulate_by_config": trainer.get("accumulate_grad_batches", 1) / accumulate,
     }
-    watching = WATCHING if kind == "autoencoder" else (*WATCHING, LATENTS)
-    callbacks = {k: v for k, v in (config["callbacks"] or {}).items() if v}
-    found["callbacks"] = {k: v for k, v in callbacks.items() if v.get("_target_") not in watching}
+    found["callbacks"] = {k: v for k, v in (config["callbacks"] or {}).items() if v and _decides(v, config["module"])}
     if isinstance(found.get("adapter"), Mapping):  # but for the format in which they leave
         found["adapter"] = {name: _without(node, ("format",)) for name, node in found["adapter"].items()}
     return _plain_numbers({"form": FORM, **found})
+
+
+def _decides(callback: Mapping[str, Any], module: Mapping[str, Any]) -> bool:
+    """Whether a callback may change what is trained: not if its class says `decides = False`, or is for others."""
+    try:
+        found: Any = locate(callback["_target_"], "callbacks")
+    except (KeyError, ConfigError):  # whoever builds it says so
+        return True
+    return getattr(found, "decides", True) and is_beside(found, locate(module["_target_"], "module"))  # type: ignore[arg-type]
 
 
 def _module(node: Mapping[str, Any]) -> Any:

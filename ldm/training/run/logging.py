@@ -21,7 +21,19 @@ from ldm.untrusted import records
 log = logging.getLogger(__name__)
 
 
-class RunLogger(Logger):
+class StepLogger(Logger):
+    """A logger whose lines stand at the number of optimizer steps made, those of `pl_module.log` too.
+
+    Lightning writes the latter itself: with an epoch, and at a count of its own that is one step behind within a step.
+    """
+
+    trainer: L.Trainer | None = None  # set when there is one
+
+    def steps_made(self, metrics: Mapping[str, float], step: int | None) -> int:
+        return self.trainer.global_step if self.trainer is not None and "epoch" in metrics else step or 0
+
+
+class RunLogger(StepLogger):
     """One flushed JSON line a record in metrics.jsonl; every picture as images/step-N_key.png."""
 
     def __init__(self, directory: Path, images_per_step: int = 1):
@@ -46,10 +58,11 @@ class RunLogger(Logger):
         """The configuration is in config.yaml."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        step = self.steps_made(metrics, step)
         for key in [k for k, v in metrics.items() if not math.isfinite(v) and k not in self.not_finite]:
             log.warning("%s is %s at step %s: null in %s. This is said once.", key, metrics[key], step, self.file)
             self.not_finite.add(key)
-        record = {"step": step, "images": (step or 0) * self.images_per_step, "time": time.time()}
+        record = {"step": step, "images": step * self.images_per_step, "time": time.time()}
         record.update({k: float(v) if math.isfinite(v) else None for k, v in metrics.items() if k != "epoch"})
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
 from ldm.config.check import module_kind
 from ldm.config.root import digest
 from ldm.training.run.directory import read_json
-from ldm.training.run.logging import last_metrics
+from ldm.training.run.logging import StepLogger, last_metrics
 from ldm.untrusted import read_yaml
 
 log = logging.getLogger(__name__)
 
 
-class WandbMirror(Logger):
+class WandbMirror(StepLogger):
     """Scalars and pictures to one W&B run, which belongs to the run directory: a resumed run goes on in it.
 
     Its id is the run's digest and a nonce that run.json keeps, so that no two runs anywhere share one. What is None
@@ -81,8 +80,8 @@ class WandbMirror(Logger):
         """The configuration went in when the run was made."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        images = (step or 0) * self.images_per_step
-        self._try(lambda: self.inner.log_metrics({**metrics, "images": images}, step=step))
+        done = self.steps_made(metrics, step)
+        self._try(lambda: self.inner.log_metrics({**metrics, "images": done * self.images_per_step}, step=done))
 
     def log_picture(self, key: str, image: Image.Image, step: int, caption: str = "") -> None:
         self._try(lambda: self.inner.log_image(key, [image], step=step, caption=[caption]))
