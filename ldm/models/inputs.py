@@ -1,5 +1,10 @@
 """What goes into a network, and what every network refuses before it computes anything.
 
+`forward(x_t, timestep, cond)` gets x_t (B,C,H,W), behind whose channels `cond.concat` stands already; timestep (B,)
+float32, from 0 (data) to 1000 (noise) whatever the scheduler; and cond (ldm.diffusion.Condition). It gives (B,C',H,W).
+`ldm.models.embeddings.TimeEmbedding` is what ours make of the timestep; `check_inputs` and `pooled_of` below are for
+forward to call.
+
 A network states what it was built for as attributes: in_channels, out_channels, cross_attention_dim (None: no context),
 pooled_dim (None: no vector). What one of yours does not state is not compared with the rest before it runs. With a
 method `widened(state)` it takes fewer input channels' weights, so that it can learn to repaint.

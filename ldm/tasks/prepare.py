@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.config.keys import ImageSize, Output, Pictures, Seeded, Task
+from ldm.config.keys import Output, Pictures, Task
 
 
 @dataclass
-class Prepare(Pictures, ImageSize, Seeded, Output, Task):
+class Prepare(Pictures, Output, Task):
     own_folder: ClassVar[bool] = True
 
     @staticmethod

@@ -21,6 +21,7 @@ FAST = [  # arguments, words of the one line
     (["task=sample", "max_steps=3"], "is not read by task=sample"),
     (["task=sample", "model=unet_tiny"], "is not read by task=sample"),
     (["+foo=1"], "foo"),
+    (["task=prepare", "image_size=64"], "is not read by task=prepare"),
     (["stages=3"], "stages: expected dict, not int."),
     (["trainer={"], "cannot be read"),
     (["task=objective", "shards=x"], "is not read by task=objective"),
@@ -30,6 +31,10 @@ FAST = [  # arguments, words of the one line
 ]
 CHECKED = [
     (["batch_size=0"], "batch_size=0: must be at least 1"),
+    (
+        ["text_encoder=none", "model.cross_attention_dim=${text_encoder.width}", "shards=x"],
+        "model.cross_attention_dim is ${text_encoder.width}, and the text_encoder chosen here has none",
+    ),
     (["module=autoencodr"], "Did you mean 'autoencoder'?"),
     (["module=autoencoder", "reconstruction=l2"], "reconstruction=l2: choose one of squared"),
     (["trainer.max_steps=ten"], "trainer.max_steps='ten': expected int"),

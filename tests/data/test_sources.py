@@ -16,10 +16,12 @@ from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import write_dataset
 from ldm.data.sources.emoji import EmojiSource, find_font
 from ldm.data.sources.folder import FolderSource, formats
-from ldm.data.sources.item import Item, Reject
+from ldm.data.sources.item import Item, Reject, Source
+from ldm.data.sources.shapes import ShapesSource
 from ldm.data.sources.tables import read_table
 from ldm.data.transforms import open_image
 from ldm.errors import ConfigError
+from ldm.tasks.work.prepare import prepare_shards
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
@@ -171,3 +173,10 @@ def test_emoji(monkeypatch):
     assert items[0].fields["txt"] == b"grinning face" and {i.split for i in items} == {"train", "val"}
     image = np.array(Image.open(io.BytesIO(items[0].fields["png"])))
     assert image.shape == (32, 32, 3) and (image[0, 0] == 255).all() and image[16, 16, 0] > image[16, 16, 2]
+
+
+def test_what_is_no_source_is_told_what_it_lacks(tmp_path):
+    node = {"_target_": "ldm.data.sources.item.Reject", "name": "a", "reason": "b"}
+    with pytest.raises(ConfigError, match="Reject has no __iter__, identity, facts: ldm.data.sources.item.Source"):
+        prepare_shards({"source": node, "outputs": str(tmp_path)})
+    assert all(issubclass(kind, Source) for kind in (EmojiSource, FolderSource, ShapesSource))

@@ -1,8 +1,9 @@
-"""What a source hands to the writer: one sample, as the bytes that will stand in the tar."""
+"""What a source is, and what it hands to the writer: one sample, as the bytes that will stand in the tar."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass
@@ -25,6 +26,26 @@ class Reject:
     name: str
     reason: str
     detail: str = field(default="")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where task=prepare takes pictures from. conf/source/x.yaml names a class with these three.
+
+    Iterating gives its samples in an order that is always the same, and what it could not use.
+    """
+
+    def __iter__(self) -> Iterator[Item | Reject]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data that decide the samples: equal ones are not made twice. A number in it that you raise when the
+        code gives other samples, or other facts, stands for the code.
+        """
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What whoever reads the shards should know, asked after the last sample: "image_size", in pixels a side."""
+        ...
 
 
 def image_item(

@@ -29,6 +29,12 @@ def prepare_shards(config: dict, output: Path | None = None) -> Written:
             f"images={config['images']} is not read by {config['source']['_target_']}: add source=folder."
         )
     source = build(config["source"], "source")
+    lacking = [name for name in ("__iter__", "identity", "facts") if not hasattr(source, name)]
+    if lacking:
+        raise ConfigError(
+            f"source._target_={config['source']['_target_']} has no {', '.join(lacking)}: ldm.data.sources.item.Source "
+            "says what a source needs."
+        )
     identity = source.identity()
     output = output or Path(config["outputs"]) / "stages" / f"shards-{digest(identity)}"
     return write_dataset(source, output, facts=source.facts, identity=identity)
