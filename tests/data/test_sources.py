@@ -177,6 +177,6 @@ def test_emoji(monkeypatch):
 
 def test_what_is_no_source_is_told_what_it_lacks(tmp_path):
     node = {"_target_": "ldm.data.sources.item.Reject", "name": "a", "reason": "b"}
-    with pytest.raises(ConfigError, match="Reject has no __iter__, identity, facts: ldm.data.sources.item.Source"):
+    with pytest.raises(ConfigError, match=r"Reject has no __iter__, identity, facts: ldm.data.sources.item.Source"):
         prepare_shards({"source": node, "outputs": str(tmp_path)})
     assert all(issubclass(kind, Source) for kind in (EmojiSource, FolderSource, ShapesSource))
