@@ -48,9 +48,9 @@ def explain(error: BaseException) -> str | None:
     if value and found:
         return f"{found.group(1)}={value.group(1)}: expected {value.group(2).lower()}."
     lacking = re.search(r"Interpolation key '([\w.]+)' not found", text)
-    if lacking and found:
-        key, group = found.group(1), lacking.group(1).partition(".")[0]
-        return f"{key} is ${{{lacking.group(1)}}}, and the {group} chosen here has none: type {key}=VALUE or null."
+    if lacking:
+        key, group = lacking.group(1), lacking.group(1).partition(".")[0]
+        return f"a value is ${{{key}}}, and the {group} chosen here has none: type that value, or another {group}=."
     if "is not Optional" in text and found:
         return f"{found.group(1)}=null: it needs a value."
     kind = re.search(r"Cannot assign (\w+) to (\w+)", text)

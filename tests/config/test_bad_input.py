@@ -33,7 +33,7 @@ CHECKED = [
     (["batch_size=0"], "batch_size=0: must be at least 1"),
     (
         ["text_encoder=none", "model.cross_attention_dim=${text_encoder.width}", "shards=x"],
-        "model.cross_attention_dim is ${text_encoder.width}, and the text_encoder chosen here has none",
+        "a value is ${text_encoder.width}, and the text_encoder chosen here has none",
     ),
     (["module=autoencodr"], "Did you mean 'autoencoder'?"),
     (["module=autoencoder", "reconstruction=l2"], "reconstruction=l2: choose one of squared"),
