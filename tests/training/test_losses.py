@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ldm
+from commands import here
 from tiny_training import config, make_data
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
@@ -179,9 +179,11 @@ def test_latents_have_no_picture(data, encoder):
 def test_the_experiment_runs_whole_and_its_model_is_sampled(encoder, tmp_path):
     """From shards to report; the projector in the checkpoint is nothing to whoever draws with the model."""
     given = ["experiment=quickstart_alignment", f"module.losses.alignment.encoder={encoder}", "debug=fast_dev_run"]
-    done = ldm(*given, "name=aligned", cwd=tmp_path)
+    done = here(*given, "name=aligned", "logger=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    drawn = ldm("task=sample", "checkpoint=outputs/aligned", "prompt=a star", "num_steps=2", "output=out", cwd=tmp_path)
+    drawn = here(
+        "task=sample", "checkpoint=outputs/aligned", "prompt=a star", "num_steps=2", "output=out", cwd=tmp_path
+    )
     assert drawn.returncode == 0 and (tmp_path / "out/0000.png").is_file(), drawn.stderr
-    latents = ldm(*given, "stages.encode={}", cwd=tmp_path)
+    latents = here(*given, "stages.encode={}", cwd=tmp_path)
     assert latents.returncode == 2 and "stages.encode=false" in latents.stderr
