@@ -196,5 +196,5 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch["latent"] = torch.from_numpy(np.stack([row["latent"] for row in rows]).astype(np.float32, copy=False))
     batch["caption"] = [row["caption"] for row in rows]
     batch["key"] = [row["__key__"] for row in rows]
-    batch["index"] = torch.tensor([row["__index__"] for row in rows], dtype=torch.int64)
+    batch["index"] = [row["__index__"] for row in rows]  # numbers for the host: no device gives them back
     return batch

@@ -243,7 +243,7 @@ class LatentDiffusion(TrainedModule):
         """
         captions, seed = self.described(batch["caption"]), self.draws.seed
         # The loader deals whole batches to ranks in turn, so the index is the sample's own.
-        positions = batch["index"].tolist()
+        positions = batch["index"]
         x0 = self.latents(batch, "validation_posterior", 0, positions)
         concat = self.masked(batch, "validation_mask", 0, positions)
         cond, values = replace(self.condition(captions), concat=concat), {}

@@ -20,9 +20,10 @@ class Totals:
         self._sums = torch.zeros(len(self.names), 3, dtype=torch.float64)
         self._waiting: list[tuple[Tensor, Tensor]] = []  # (row of each value, values), where the values were made
 
-    def add(self, name: str, values: Tensor) -> None:  # (N,)
+    def add(self, name: str, values: Tensor, valid: Tensor | None = None) -> None:  # (N,), (N,) bool
+        """Values of a name; those that are not valid count for nothing, and the device is not asked which they are."""
         row = torch.full((len(values),), self.names.index(name), device=values.device)
-        self._waiting.append((row, values.detach()))
+        self._waiting.append((row if valid is None else row.where(valid, -1), values.detach()))
 
     def add_by_bin(self, prefix: str, values: Tensor, t: Tensor) -> None:  # (N,), (N,) in [0, 1]
         """One name a bin of t: prefix/0 holds t in [0, 0.1)."""
@@ -34,6 +35,7 @@ class Totals:
         """(names, 3) float64 on the CPU. What was added is copied here at once: a step waits for its device once."""
         if self._waiting:
             rows, values = (torch.cat(tensors).cpu() for tensors in zip(*self._waiting, strict=True))
+            rows, values = rows[rows >= 0], values[rows >= 0]
             v = values.double()  # here, because MPS has no float64
             self._waiting.clear()
             self._sums.index_add_(0, rows, torch.stack([v, v.square(), torch.ones_like(v)], dim=1))

@@ -27,8 +27,8 @@ def test_a_batch_holds_what_it_says(fifty: Path):
     for batch in loader(fifty):
         assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.uint8
         assert batch["image"].is_contiguous()
-        assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist() == [int(k) for k in batch["key"]]
-        assert batch["caption"] == [f"picture {i}" for i in batch["index"].tolist()]
+        assert batch["image"][:, 0, 0, 0].tolist() == batch["index"] == [int(k) for k in batch["key"]]
+        assert batch["caption"] == [f"picture {i}" for i in batch["index"]]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -61,7 +61,7 @@ def test_a_small_folder_fills_its_batches_evenly(tmp_path: Path, n: int, batch_s
     path = dataset(tmp_path / "d", n)
     train = loader(path, batch_size=batch_size)
     assert len(train) == 1
-    seen = [i for _ in range(n) for batch in train for i in batch["index"].tolist()]
+    seen = [i for _ in range(n) for batch in train for i in batch["index"]]
     assert np.bincount(seen, minlength=n).tolist() == [batch_size] * n
 
 

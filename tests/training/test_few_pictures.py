@@ -237,7 +237,7 @@ def test_flips_of_latents_are_latents_of_flips(data, tmp_path):
     seen = Counter()
     for _ in range(3):
         (batch,) = loader
-        for i, latent in zip(batch["index"].tolist(), batch["latent"], strict=True):
+        for i, latent in zip(batch["index"], batch["latent"], strict=True):
             errors = [(latent - x[i]).abs().max().item() for x in (upright, mirrored)]
             assert min(errors) < 2e-2
             seen[errors[1] < errors[0]] += 1

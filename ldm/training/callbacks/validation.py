@@ -53,10 +53,9 @@ def validate(trainer: L.Trainer, module: TrainedModule) -> dict[str, float]:
     with module.averaged():
         for index, batch in enumerate(loader):
             batch = trainer.strategy.batch_to_device(batch)
-            valid = batch["valid"]
             with trainer.precision_plugin.val_step_context():
                 values = module.validation_values(batch, index)
             for name, per_sample in values.items():
-                totals.add(name, per_sample[valid])
+                totals.add(name, per_sample, batch["valid"])
     totals.reduce()
     return {**totals.means(), "val/loss_standard_error": totals.standard_errors().get("val/loss", 0.0)}
