@@ -106,8 +106,6 @@ class Codebook(nn.Module):
     def perplexity(self, indices: Tensor) -> Tensor:  # (B,h,w) -> ()
         """exp of the entropy of the codes' frequencies: how many codes are in use, were they used equally."""
         codes = indices.flatten()
-        counts = torch.zeros(
-            self.embedding.num_embeddings, device=codes.device
-        )  # bincount asks a GPU for one
+        counts = torch.zeros(self.embedding.num_embeddings, device=codes.device)  # bincount asks a GPU for one
         shares = counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype)) / codes.numel()
         return torch.special.entr(shares).sum().exp()
