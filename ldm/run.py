@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from ldm.config.choices import drop_leftovers, said_in_words
 from ldm.config.root import conf_dir, digest
-from ldm.config.schema import check_keys_are_read, look_in, problems, register, schema, task_class
+from ldm.config.schema import check_keys_are_read, look_in, problems, register, schema, task_class, tasks
 from ldm.errors import ConfigError, Ended
 from ldm.launch import is_first, launch
 from ldm.sweep.arms import FAILED, Arm, run_arm
@@ -63,9 +63,10 @@ def run(arguments: Sequence[str]) -> int:
     failure: BaseException
     try:
         _refuse_bytes(arguments)
-        register(*_folders(_parsed(arguments)[1]))
+        overrides, flags = _parsed(arguments)
+        register(*_folders(flags))
         _check_trainer(arguments)
-        arguments = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments)]
+        arguments = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments, overrides)]
         if multirun:
             arguments = named_sweep(arguments)
         with _stopped_by_signals():
@@ -169,9 +170,9 @@ def _hydra(function: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(function)()
 
 
-def _in_one_piece(arguments: Sequence[str]) -> list[str]:
+def _in_one_piece(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """The overrides, then the flags: Hydra's parser reads no override after a flag that follows another override."""
-    overrides, flags = _parsed(arguments)[0], list(arguments)
+    flags = list(arguments)
     for override in overrides:
         flags.remove(override)
     return [*overrides, *flags]
@@ -228,7 +229,8 @@ def _refuse_bytes(arguments: Sequence[str]) -> None:
 
 def _check_trainer(arguments: Sequence[str]) -> None:
     """Refuses for all arms of a sweep at once what each of them would be refused for."""
-    if any(a.startswith("task=") and a != "task=train" for a in arguments):
+    named = [tasks().get(a.removeprefix("task=")) for a in arguments if a.startswith("task=")]
+    if any(kind is None or not kind.in_every_process for kind in named):
         return
     if "trainer=ddp" in arguments:
         from ldm.launch import expect_srun

@@ -36,9 +36,11 @@ def register(*folders: Path) -> None:
 
 def look_in(*folders: Path) -> None:
     """Also looks for tasks and options in `folders`, as Hydra does with --config-dir."""
-    _folders[:] = [f for f in folders if f.resolve() != conf_dir()]
-    tasks.cache_clear()
-    schema.cache_clear()
+    found = [f for folder in folders if (f := folder.resolve()) != conf_dir()]
+    if found != _folders:
+        _folders[:] = found
+        tasks.cache_clear()
+        schema.cache_clear()
 
 
 def options(group: str) -> dict[str, Path]:

@@ -1,7 +1,8 @@
 """What goes into a network, and what every network refuses before it computes anything.
 
 `forward(x_t, timestep, cond)` gets x_t (B,C,H,W), behind whose channels `cond.concat` stands already; timestep (B,)
-float32, from 0 (data) to 1000 (noise) whatever the scheduler; and cond (ldm.diffusion.Condition). It gives (B,C',H,W).
+float32, larger with more noise: the scheduler's table index, usually 0 to 999 and real, or 1000 t for rectified flow;
+and cond (ldm.diffusion.condition.Condition). It gives (B,C',H,W).
 `ldm.models.embeddings.TimeEmbedding` is what ours make of the timestep; `check_inputs` and `pooled_of` below are for
 forward to call.
 

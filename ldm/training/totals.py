@@ -35,8 +35,8 @@ class Totals:
         """(names, 3) float64 on the CPU. What was added is copied here at once: a step waits for its device once."""
         if self._waiting:
             rows, values = (torch.cat(tensors).cpu() for tensors in zip(*self._waiting, strict=True))
-            rows, values = rows[rows >= 0], values[rows >= 0]
-            v = values.double()  # here, because MPS has no float64
+            valid = rows >= 0
+            rows, v = rows[valid], values[valid].double()  # here, because MPS has no float64
             self._waiting.clear()
             self._sums.index_add_(0, rows, torch.stack([v, v.square(), torch.ones_like(v)], dim=1))
         return self._sums
