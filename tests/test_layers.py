@@ -102,6 +102,20 @@ def test_the_core_needs_torch_only():
         assert not tops - known - set(sys.stdlib_module_names), path
 
 
+def test_all_exchanges_of_processes_are_in_one_file():
+    """So that each is known to work under NCCL, which carries nothing for host tensors, and to be met by all."""
+    exchanges = {"all_reduce", "all_gather", "broadcast", "barrier", "gather", "scatter", "reduce", "reduce_scatter"}
+    exchanges |= {"all_gather_into_tensor", "all_gather_object", "broadcast_object_list", "new_group", "send", "recv"}
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in exchanges and isinstance(node.value, ast.Name):
+                found |= {module_name(path)} if node.value.id in ("dist", "distributed", "strategy") else set()
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+                assert not exchanges & {a.name for a in node.names}, path
+    assert found == {"ldm.training.distributed.collectives"}
+
+
 def test_files_are_short():
     long = {module_name(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 350}
     assert not long

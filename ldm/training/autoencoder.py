@@ -15,7 +15,6 @@ from ldm.training.losses.reconstruction import Reconstruction
 from ldm.training.losses.term import PictureTerm
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
 from ldm.training.randomness import normal
-from ldm.training.totals import Totals
 
 
 class AutoencoderTraining(TrainedModule):
@@ -44,7 +43,7 @@ class AutoencoderTraining(TrainedModule):
         self.autoencoder = autoencoder
         self.take_losses(losses or {"reconstruction": Reconstruction()})
         self.kl_weight = kl_weight
-        self.totals = Totals([f"train/{n}" for n in ("loss", *self.losses, *autoencoder.regulariser_names)])
+        self.count([f"train/{n}" for n in ("loss", *self.losses, *autoencoder.regulariser_names)])
 
     @property
     def trained_parts(self) -> list[str]:

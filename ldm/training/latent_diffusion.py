@@ -33,7 +33,7 @@ from ldm.training.masks import RandomMasks
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
 from ldm.training.randomness import normal, stratified, uniform
 from ldm.training.run.class_images import ClassImages
-from ldm.training.totals import Totals, bin_times, binned
+from ldm.training.totals import bin_times, binned
 
 # Standardised latents have mean 0 and deviation 1 in every channel.
 _STANDARD_NORMAL = Gaussian(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
@@ -98,7 +98,7 @@ class LatentDiffusion(TrainedModule):
         self.take_losses(terms)
         check_layers(self.model, self.terms)
         watched = [f"train/{name}_loss" for name in self.losses] if len(self.losses) > 1 else []
-        self.totals = Totals(["train/loss", *watched, *binned("train/loss_by_t")])
+        self.count(["train/loss", *watched, *binned("train/loss_by_t")])
 
     @property
     def trained_parts(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, ClassVar
@@ -16,10 +17,18 @@ from ldm.errors import ConfigError
 from ldm.training.distributed import processes
 from ldm.training.ema import EMA
 from ldm.training.randomness import Draws
-from ldm.training.totals import Totals
+from ldm.training.totals import Totals, means
 
 OptimizerMaker = Callable[..., torch.optim.Optimizer]  # of a list of (name, parameter), as torch.optim's classes are
 LearningRate = Callable[[int], float]  # optimizer step -> factor of the optimizer's learning rate
+UNREAD = 1000  # steps; then losses are read even where no callback asks for them
+GRADIENT_NORM = "train/gradient_norm"  # before it is clipped, once a step
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is no longer a number; nothing of this step, or of a later one, has been saved."""
+
+    everywhere = True  # the sum over all processes says so in each
 
 
 def is_beside(callback: Any, module: type) -> bool:
@@ -63,6 +72,7 @@ class TrainedModule(L.LightningModule):
         super().__init__()
         self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
         self.draws = Draws(batch_size=1, seed=seed)  # of the datamodule's geometry when training starts
+        self.last_loss = math.nan  # of the newest step whose losses were read
 
     @property
     def images_per_step(self) -> int:
@@ -74,6 +84,31 @@ class TrainedModule(L.LightningModule):
         if not self.losses:
             raise ConfigError("module.losses= has no term, so there is nothing to minimise: leave one of them on.")
         self.parts = {**self.parts, **self.loss_parts}
+
+    def count(self, names: Sequence[str]) -> None:
+        """Says what of training is summed: train/loss first."""
+        self.totals = Totals([*names, GRADIENT_NORM])
+
+    def read_losses(self) -> None:
+        """Brings the losses since the last call to the host, summed over all processes, into `totals.values`.
+
+        All processes call it at the same steps. Diverged, with the step, where a loss or a gradient is no number.
+        """
+        steps = self.totals.reduce()
+        if len(steps) < 2:  # none has ended
+            return
+        first = self.global_step - (len(steps) - 2)
+        names, watched = self.totals.names, [self.totals.names.index(n) for n in ("train/loss", GRADIENT_NORM)]
+        wrong = (~steps[:, watched, 0].isfinite()).nonzero().tolist()
+        if wrong:
+            index, column = wrong[0]
+            value = means(names, steps[index])[names[watched[column]]]
+            raise Diverged(
+                f"the {('training loss', 'norm of the gradients')[column]} is {value} at step {first + index}; the "
+                "last good checkpoint is untouched. Lower optimizer.lr, raise lr_scheduler.warmup_steps, use "
+                "trainer.precision=32-true, or callbacks.skip_nonfinite.in_a_row=5 to leave out such steps."
+            )
+        self.last_loss = means(names, steps[-2]).get("train/loss", self.last_loss)
 
     @property
     def loss_parts(self) -> dict[str, str]:
@@ -150,10 +185,17 @@ class TrainedModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips the norm here, because Lightning refuses fused optimizers under bf16, where nothing is scaled."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None or gradient_clip_algorithm == "value":
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        trained = [p for p in self.trained_parameters().values() if p.grad is not None]
+        if not trained:  # the step is left out
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        # A scaler leaves out what is not finite by itself, and looks for the next scale so.
+        self.totals.add(GRADIENT_NORM, norm[None], norm.isfinite()[None] if scaled else None)
+        if scaled or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.trained_parameters().values(), gradient_clip_val)
+            nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -162,9 +204,12 @@ class TrainedModule(L.LightningModule):
             parameter.grad = None
         if self.ema is not None:
             self.ema.update(self.trained_parameters())
+        self.totals.end_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         processes.arrived()
+        if self.totals.steps > UNREAD:
+            self.read_losses()
         self.draws.reseed_layers(self.global_step, batch_idx)
 
     def on_before_backward(self, loss: Tensor) -> None:

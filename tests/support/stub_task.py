@@ -8,8 +8,8 @@ from pathlib import Path
 from ldm.errors import ConfigError
 from ldm.sweep.arms import Arm
 from ldm.tasks.train import Train
-from ldm.training.callbacks.losses import Diverged
 from ldm.training.callbacks.saving import Interrupted
+from ldm.training.module import Diverged
 
 CALLS: list[tuple[int, Path]] = []  # (seed, directory) of every arm that has run in this process
 

@@ -75,6 +75,7 @@ def test_the_loss_is_instance_plus_weight_times_class(small_base):
         instance = by_hand(batch["latent"], ["sks star"] * 3, "")
         kept = by_hand(prior.moments[chosen], [names[i] for i in chosen], "prior_")
         assert torch.allclose(module.training_step(batch, 0), instance + 0.7 * kept, atol=1e-6, rtol=0)
+    module.totals.reduce()
     means = module.totals.means()
     assert means["train/instance_loss"] == pytest.approx(instance.item(), abs=1e-6)
     assert means["train/prior_loss"] == pytest.approx(kept.item(), abs=1e-6)

@@ -32,7 +32,16 @@ MACHINE += [f"trainer.{k}" for k in ("accelerator", "devices", "num_nodes", "str
 MACHINE += [f"trainer.{k}" for k in ("log_every_n_steps", "limit_val_batches", "num_sanity_val_steps", "benchmark")]
 MACHINE += ["trainer.check_val_every_n_epoch", "trainer.val_check_interval"]
 MACHINE += [f"trainer.enable_{k}" for k in ("checkpointing", "progress_bar", "model_summary")]
-WATCHED = ("losses", "progress", "validation", "checkpoints", "reconstructions", "jump_to_x0", "samples")
+WATCHED = (
+    "skip_nonfinite",
+    "losses",
+    "progress",
+    "validation",
+    "checkpoints",
+    "reconstructions",
+    "jump_to_x0",
+    "samples",
+)
 WATCHING = [f"callbacks.{k}.[!_]*" for k in WATCHED]  # their classes decide: one of your own may do anything
 ADAPTER = ["adapter.*.format"]
 EVER = [*NOT_DECIDING, *SAMPLING, *OTHER_TASKS, *BY_CONTENT, *MACHINE, *WATCHING, *ADAPTER]

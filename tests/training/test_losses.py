@@ -67,9 +67,7 @@ def test_a_term_sees_the_step_and_is_added_with_its_weight(data):
     with torch.no_grad():
         alone = module.training_step(batch, 0)
         module.losses["seen"] = term
-        module.totals.names += ["train/instance_loss", "train/seen_loss"]
-        module.totals._sums = torch.zeros(len(module.totals.names), 3, dtype=torch.float64)
-        module.totals._waiting.clear()
+        module.count([*module.totals.names, "train/instance_loss", "train/seen_loss"])
         both = module.training_step(batch, 0)
     made = term.step.prediction
     assert term.step.batch is batch and term.step.class_prediction is None and len(made.x_t) == 4
@@ -78,6 +76,7 @@ def test_a_term_sees_the_step_and_is_added_with_its_weight(data):
     torch.testing.assert_close(made.jump, alpha * made.x_t - sigma * made.output)  # v-prediction
     assert term.step.hidden["mid_block"].shape[0] == 4 and term.step.hidden["mid_block"].ndim == 4
     torch.testing.assert_close(both, alone + 2 * made.output.mean())
+    module.totals.reduce()
     assert module.totals.means()["train/seen_loss"] == pytest.approx(made.output.mean().item(), abs=1e-6)
 
 

@@ -22,5 +22,5 @@ def test_the_script_of_the_readme(tmp_path, monkeypatch):
     logged = told["trainer"].callback_metrics
     assert {"val/loss", "val/loss_by_t/0", "val/x0_error_by_t/9"} <= set(logged)
     assert 0 < logged["val/loss"] < 2, "an untrained network's is about 1, a diverging one's is not"
-    assert told["trainer"].global_step == 20 and 0 < told["losses"].last < 2
+    assert told["trainer"].global_step == 20 and 0 < told["module"].last_loss < 2
     assert told["images"].shape == (4, 3, 32, 32) and bool(torch.isfinite(told["images"]).all())

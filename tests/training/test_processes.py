@@ -14,7 +14,7 @@ from tiny_training import TINY, make_data
 
 from ldm.errors import ConfigError
 from ldm.launch import Launch, expect_srun, launch
-from ldm.training.distributed import processes
+from ldm.training.distributed import collectives, processes
 from ldm.training.distributed.meeting import first_host
 from ldm.training.randomness import Draws
 from ldm.training.totals import Totals, binned
@@ -136,10 +136,28 @@ def test_nothing_of_ours_reduces_where_there_is_no_cpu_backend(backend):
             totals.add("loss", torch.tensor([1.0, 2.0]) + 10 * rank)
             totals.add_by_bin("by_t", torch.tensor([1.0]), torch.tensor([0.25]))
             totals.reduce()
-            return refused, totals.means(), processes.highest(rank + 5)
+            joined = collectives.joined(torch.tensor([rank, 7], dtype=torch.uint8)).tolist()
+            return refused, totals.means(), collectives.highest(rank + 5), joined
 
     for rank in on_ranks(reduce):
-        assert rank.value == (backend != "gloo", {"loss": 6.5, "by_t/2": 1.0}, 6), rank
+        assert rank.value == (backend != "gloo", {"loss": 6.5, "by_t/2": 1.0}, 6, [0, 7, 1, 7]), rank
+
+
+def test_sums_are_the_same_whenever_they_are_read():
+    def read(rank):
+        values = torch.Generator().manual_seed(rank)
+        with processes.together(20), processes.group("gloo"):
+            often, once = Totals(["loss"]), Totals(["loss"])
+            for _ in range(20):
+                losses = torch.rand(3, generator=values)
+                for totals in (often, once):
+                    totals.add("loss", losses)
+                    totals.end_step()
+                often.reduce()
+            return once.reduce().shape, torch.equal(once.values, often.values), once.values[0, 2].item()
+
+    for rank in on_ranks(read):
+        assert rank.value == ((21, 1, 3), True, 120.0), rank
 
 
 @pytest.mark.slow
@@ -152,10 +170,10 @@ def test_processes_started_again_meet_again():
     def meet(rank):
         with processes.together(20), processes.group("gloo"):
             total = torch.tensor([float(rank)])
-            processes.total(total)
+            collectives.total(total)
             if rank == 1 and os.environ.get("DIE"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            processes.highest(1)
+            collectives.highest(1)
             return processes.by_first(os.getpid), total.item()
 
     died, _ = on_ranks(meet, environments=[p | {"DIE": "1"} for p in places], port=port)
@@ -173,7 +191,7 @@ def test_a_stopped_process_is_named(tmp_path):
             for i in range(1000):
                 if rank == 1 and i == 3:
                     os.kill(os.getpid(), signal.SIGSTOP)
-                processes.highest(1)
+                collectives.highest(1)
 
     first, second = on_ranks(stop, seconds=8)
     assert first.code == 75 and second.code == -9
@@ -187,7 +205,7 @@ def test_a_process_that_stays_behind_is_named(tmp_path):
             for i in range(1000):
                 if rank == 1 and i == 3:
                     time.sleep(30)
-                processes.highest(1)
+                collectives.highest(1)
 
     first, second = on_ranks(stay, seconds=20)
     assert first.code == second.code == 75

@@ -54,13 +54,12 @@ def test_a_loaded_average_has_the_weights_memory_layout():
 def test_totals_are_exact_over_any_split():
     values, t = torch.rand(100, dtype=torch.float64), torch.rand(100, dtype=torch.float64)
     whole, parts = Totals(["x", *binned("b")]), Totals(["x", *binned("b")])
-    whole.add("x", values)
-    whole.add_by_bin("b", values, t)
-    for i in range(0, 100, 7):
-        other = Totals(["x", *binned("b")])
-        other.add("x", values[i : i + 7])
-        other.add_by_bin("b", values[i : i + 7], t[i : i + 7])
-        parts.merge(other)
+    for totals, size in ((whole, 100), (parts, 7)):
+        for i in range(0, 100, size):
+            totals.add("x", values[i : i + size])
+            totals.add_by_bin("b", values[i : i + size], t[i : i + size])
+            totals.end_step()
+        totals.reduce()
     torch.testing.assert_close(parts.values, whole.values)
     assert whole.means()["x"] == pytest.approx(values.mean().item())
     assert whole.standard_errors()["x"] == pytest.approx((values.std() / 10).item())

@@ -10,7 +10,6 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.training.callbacks.losses import Losses
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_metrics
 
@@ -27,7 +26,6 @@ class ProgressBar(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self._first = time.perf_counter(), trainer.global_step
         self._since, self._since_step = self._started, self._first
-        self._losses = next((c for c in trainer.callbacks if isinstance(c, Losses)), None)  # type: ignore[attr-defined]
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
@@ -43,13 +41,13 @@ class ProgressBar(L.Callback):
         step, now = trainer.global_step, time.perf_counter()
         if self._bar is not None:
             rate = pl_module.images_per_step * (step - self._first) / (now - self._started)
-            self._bar.update(self._task, completed=step, text=f"loss {self._loss():.4f}  {rate:.0f} images/s")
+            self._bar.update(self._task, completed=step, text=f"loss {pl_module.last_loss:.4f}  {rate:.0f} images/s")
         if step % self.every_n_steps == 0 or is_last_step(trainer):
             steps = step - self._since_step
             rate = pl_module.images_per_step * steps / (now - self._since)
             log_metrics(trainer, {"train/images_per_second": rate}, step)
             if self._bar is None:
-                self._print(trainer, step, step * pl_module.images_per_step, rate, (now - self._since) / max(1, steps))
+                self._print(trainer, pl_module, rate, (now - self._since) / max(1, steps))
             self._since, self._since_step = now, step
 
     def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
@@ -62,16 +60,14 @@ class ProgressBar(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._stop()
 
-    def _print(self, trainer: L.Trainer, step: int, images: int, rate: float, seconds: float) -> None:
+    def _print(self, trainer: L.Trainer, module: TrainedModule, rate: float, seconds: float) -> None:
+        step = trainer.global_step
         left = (trainer.max_steps - step) * seconds
         print(
-            f"step {step}/{trainer.max_steps}  images {images}  loss {self._loss():.4f}  {rate:.0f} images/s  "
-            f"{int(left // 60)}:{int(left % 60):02d} left",
+            f"step {step}/{trainer.max_steps}  images {step * module.images_per_step}  loss {module.last_loss:.4f}  "
+            f"{rate:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left",
             flush=True,
         )
-
-    def _loss(self) -> float:
-        return self._losses.last if self._losses is not None else float("nan")
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -13,8 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from ldm.checkpoints.folder import all_folders, folder_name
-from ldm.training.distributed import processes
-from ldm.training.module import is_last_step, is_optimizer_step, stopped_early
+from ldm.errors import ConfigError
+from ldm.training.distributed import collectives
+from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step, stopped_early
 
 
 class Interrupted(Exception):
@@ -38,14 +39,19 @@ class Interrupted(Exception):
 class Checkpoints(Checkpoint):
     """Saves every `every_n_steps` steps, after the last step, and at the boundary after SIGINT, SIGTERM or SIGUSR1.
 
-    Lightning calls it after all other callbacks: what they log at a step is never missing from a resumed run.
+    Lightning calls it after all other callbacks: what they log at a step is never missing from a resumed run. Losses
+    are read before: nothing is saved of a run whose loss is no longer a number.
     keep_last: how many checkpoint folders stay; None keeps all.
+    signals_every_n_steps: how often several processes ask one another for signals; one alone looks after every step.
     """
 
     decides = False  # what is trained is the same without it
 
-    def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2):
+    def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2, signals_every_n_steps: int = 5):
+        if signals_every_n_steps < 1:
+            raise ConfigError(f"callbacks.checkpoints.signals_every_n_steps={signals_every_n_steps}: at least 1.")
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.signals_every_n_steps = signals_every_n_steps
         self.directory = Path("checkpoints")  # set when the run directory is known
         self.on_saved: Callable[[int], None] | None = None  # told the step after each save
         self._signal = 0
@@ -66,9 +72,12 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if not is_optimizer_step(trainer, batch_idx):
             return
+        step = trainer.global_step
+        due = is_last_step(trainer) or step % self.every_n_steps == 0
+        asks = due or collectives.size() == 1 or step % self.signals_every_n_steps == 0
         # The signal that any process has had: all stop at the same step.
-        step, number = trainer.global_step, processes.highest(self._signal)
-        if number or is_last_step(trainer) or step % self.every_n_steps == 0:
+        number = collectives.highest(self._signal) if asks else 0
+        if number or due:
             folder = self._save(trainer)
             if number:  # after the last step too: what would come after this run must not start
                 raise Interrupted(number, step, folder)
@@ -88,6 +97,8 @@ class Checkpoints(Checkpoint):
         self._complete = state_dict.get("complete", False)
 
     def _save(self, trainer: L.Trainer) -> Path:
+        if isinstance(trainer.lightning_module, TrainedModule):
+            trainer.lightning_module.read_losses()
         self._saved, self._complete = trainer.global_step, ended_early(trainer)
         folder = self.directory / folder_name(self._saved)
         trainer.save_checkpoint(folder)

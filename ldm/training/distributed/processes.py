@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.launch import Launch, OtherProcess, launch
@@ -28,7 +26,6 @@ T = TypeVar("T")
 _BROKEN = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 _meeting: Meeting | None = None
-_sums: tuple[Any, Any] | None = None  # the default group, and the CPU group of ours beside it
 
 
 @contextmanager
@@ -117,6 +114,12 @@ def by_first(function: Callable[[], T]) -> T:
     return json.loads(meeting.store.get(key))
 
 
+def collected(value: Any) -> list[Any]:
+    """Every process's plain data, by rank. For rare cases: it goes through the store."""
+    meeting = met()
+    return [value] if meeting is None else meeting.collect("told", value)
+
+
 def arrived() -> None:
     """Notes that this process has come as far as its next meeting with the others: who stays behind is named."""
     if _meeting is not None:
@@ -158,30 +161,3 @@ def _close(meeting: Meeting | None) -> None:
         meeting.pulse.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def total(values: Tensor) -> None:
-    """Sums a CPU tensor over all processes, in place."""
-    if (ours := _cpu_group()) is not None:
-        dist.all_reduce(values, group=ours)
-
-
-def highest(value: int) -> int:
-    """The largest of all processes' numbers."""
-    if (ours := _cpu_group()) is None:
-        return value
-    held = torch.tensor(value)
-    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=ours)
-    return int(held)
-
-
-def _cpu_group() -> Any:
-    """A gloo group of our own, whatever the default one can carry (NCCL's has nothing for CPU tensors)."""
-    global _sums
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    arrived()
-    default = dist.group.WORLD
-    if _sums is None or _sums[0] is not default:
-        _sums = (default, dist.new_group(backend="gloo"))
-    return _sums[1]

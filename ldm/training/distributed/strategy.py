@@ -158,5 +158,5 @@ def opened(trainer: L.Trainer) -> Iterator[None]:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with group("nccl" if device.type == "cuda" else "gloo"):
+    with group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"):
         yield

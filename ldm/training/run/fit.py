@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ldm.config.root import digest
 from ldm.errors import ConfigError
 from ldm.launch import is_first, launch
 from ldm.text.encoder import CLIPTokenized
+from ldm.training.callbacks.nonfinite import SkipNonFinite
 from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
 from ldm.training.distributed.strategy import launched, opened
@@ -136,6 +138,8 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
         if isinstance(callback, Checkpoints):
             callback.directory = directory.checkpoints
             callback.on_saved = lambda step: directory.set_status("running", step)
+        if isinstance(callback, SkipNonFinite):
+            callback.on_skipped = partial(directory.event, "skip")
     io = FolderCheckpointIO(
         module.parts,
         module.trained_parts,

@@ -1,0 +1,57 @@
+"""Every exchange of ours in which all processes take part, and no other file of this package has one.
+
+They carry host tensors over a gloo group of our own, which works whatever the training's group can carry (NCCL's has
+nothing for host tensors), and never waits for a device. What libraries exchange goes through the default group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm.training.distributed import processes
+
+_host: tuple[Any, Any] | None = None  # the default group, and ours beside it
+
+
+def total(values: Tensor) -> None:
+    """Sums a host tensor over all processes, in place."""
+    if (ours := _host_group()) is not None:
+        dist.all_reduce(values, group=ours)
+
+
+def highest(value: int) -> int:
+    """The largest of all processes' numbers."""
+    if (ours := _host_group()) is None:
+        return value
+    held = torch.tensor(value)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=ours)
+    return int(held)
+
+
+def joined(values: Tensor) -> Tensor:
+    """Host tensors of equal shape, (N, ...) in each process -> (N x processes, ...) in all, by rank."""
+    if (ours := _host_group()) is None:
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous(), group=ours)
+    return torch.cat(parts)
+
+
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _host_group() -> Any:
+    global _host
+    if size() == 1:
+        return None
+    processes.arrived()
+    default = dist.group.WORLD
+    if _host is None or _host[0] is not default:
+        _host = (default, dist.new_group(backend="gloo"))
+    return _host[1]
