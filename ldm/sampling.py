@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.autoencoders.tiling import OVERLAP, TILE, tiled
+from ldm.devices import beside, on_device
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.guidance import ClassifierFree, Guider
@@ -41,7 +42,7 @@ class Noise:
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in self.generators[: shape[0]]])
 
     def __call__(self, like: Tensor) -> Tensor:
-        return self.draw(like.shape).to(like)
+        return beside(self.draw(like.shape), like)
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Sampler:
         if image is not None and (mask is None or not sees_mask or request.strength < 1):
             each = mask is None and len(request.seeds) > 1  # then one picture gets a posterior sample of every seed
             z = self._encode(image.expand(n, -1, -1, -1) if each else image, noise, request.tiling)
-        eps = noise.draw(shape).to(self.device)
+        eps = on_device(noise.draw(shape), self.device)
         kept = None
         if image is not None and mask is not None:
             masked = self._encode(image * (mask < 0.5), noise, request.tiling)  # drawn even where it is not looked at

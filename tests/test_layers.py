@@ -13,6 +13,7 @@ ROOMS = [
     "ldm.atomic",
     "ldm.launch",
     "ldm.untrusted",
+    "ldm.devices",
     "ldm.diffusion",
     "ldm.models",
     "ldm.autoencoders",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.devices import on_device
+
 if TYPE_CHECKING:
     from ldm.diffusion.schedulers import Scheduler
 
@@ -54,7 +56,10 @@ class Level(NamedTuple):
         return right_pad(self.alpha, x0) * x0 + right_pad(self.sigma, x0) * eps
 
     def to(self, device: torch.device | str) -> Level:
-        return Level(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+        """Its tensors on a device, in one copy."""
+        tensors = [v for v in self if isinstance(v, Tensor)]
+        moved = iter(on_device(torch.stack(tensors), device).unbind() if tensors else ())
+        return Level(*(next(moved) if isinstance(v, Tensor) else v for v in self))
 
 
 def floats(levels: Level) -> list[Level]:

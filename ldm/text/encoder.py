@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from ldm.devices import on_device
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 
@@ -54,7 +55,7 @@ class TextEncoder(nn.Module):
     def states(self, ids: Tensor, clip_skip: int = 0) -> Condition:
         """(B, L) on any device -> Condition on the encoder's. clip_skip: last layers left out, as in diffusers."""
         parameter = next(self.parameters(), None)
-        ids = ids if parameter is None else ids.to(parameter.device)
+        ids = ids if parameter is None else on_device(ids, parameter.device)
         return self.hidden_states(ids, clip_skip) if clip_skip else self(ids)
 
     def save_tokenizer(self, directory: str | Path) -> None:

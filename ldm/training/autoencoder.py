@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoders.kl import Autoencoder
+from ldm.devices import beside
 from ldm.pictures import to_unit
 from ldm.training.ema import EMA
 from ldm.training.losses.reconstruction import Reconstruction
@@ -58,7 +59,7 @@ class AutoencoderTraining(TrainedModule):
         posterior = self.autoencoder.encode(images)
         positions = self.draws.positions(batch_idx, len(images))
         eps = normal(posterior.mean.shape[1:], self.draws.seed, "posterior", self.global_step, positions)
-        values = self._losses(self.autoencoder.decode(posterior.sample(eps.to(images))), images)
+        values = self._losses(self.autoencoder.decode(posterior.sample(beside(eps, images))), images)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
         loss = self.weighed(values) + regulariser
         for name, value in {"loss": loss, **values, **watched}.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.adapters.adapter import Adapter
 from ldm.autoencoders.kl import Autoencoder
 from ldm.autoencoders.latents import Posterior
+from ldm.devices import beside, on_device
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.exact import Gaussian
@@ -147,7 +148,7 @@ class LatentDiffusion(TrainedModule):
 
     def _sampled(self, posterior: Posterior, purpose: str, step: int, positions: list[int]) -> Tensor:
         eps = normal(posterior.mean.shape[1:], self.draws.seed, purpose, step, positions)
-        return self.autoencoder.latents.standardise(posterior.sample(eps.to(posterior.mean)))
+        return self.autoencoder.latents.standardise(posterior.sample(beside(eps, posterior.mean)))
 
     @torch.no_grad()
     def masked(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor | None:
@@ -161,7 +162,7 @@ class LatentDiffusion(TrainedModule):
             )
         images = to_unit(batch["image"])
         height, width = images.shape[-2:]
-        masks = self.masks(height, width, self.draws.seed, purpose, step, positions).to(images)
+        masks = beside(self.masks(height, width, self.draws.seed, purpose, step, positions), images)
         posterior = self.autoencoder.encode(images * (masks < 0.5))
         latent = self._sampled(posterior, f"{purpose}_posterior", step, positions)
         return torch.cat([F.interpolate(masks, size=latent.shape[-2:], mode="nearest"), latent], dim=1)
@@ -207,7 +208,7 @@ class LatentDiffusion(TrainedModule):
         if of_class is not None:  # the same of the class pictures, behind them in one batch
             moments, class_captions = of_class.drawn(seed, step, positions)
             captions = captions + self._captions(class_captions, "prior_", step, positions)
-            posterior = self.autoencoder.posterior(moments.to(x0.device))
+            posterior = self.autoencoder.posterior(on_device(moments, x0.device))
             x0 = torch.cat([x0, self._sampled(posterior, "prior_posterior", step, positions)])
             class_t, class_eps = self._noise(x0.shape[1:], "prior_", step, pairs)
             t_draws, eps = torch.cat([t_draws, class_t]), torch.cat([eps, class_eps])
@@ -215,7 +216,7 @@ class LatentDiffusion(TrainedModule):
         x0 = x0.repeat_interleave(n, dim=0)
         layers = [layer for term in self.terms.values() for layer in term.layers]
         with hidden_states(self.model, layers) as hidden:
-            prediction, of_class_too = self.predict(x0, cond.repeat_interleave(n), t_draws, eps.to(x0)), None
+            prediction, of_class_too = self.predict(x0, cond.repeat_interleave(n), t_draws, beside(eps, x0)), None
         if of_class is not None:
             own, others = slice(0, len(pairs)), slice(len(pairs), None)
             hidden = {layer: states[own] for layer, states in hidden.items()}
@@ -251,7 +252,7 @@ class LatentDiffusion(TrainedModule):
         for i, time in enumerate(bin_times()):
             t = torch.full((len(x0),), time, dtype=torch.float64)
             level = self.denoiser.scheduler.level(self.denoiser.scheduler.snap(t)).to(x0.device)
-            eps = normal(x0.shape[1:], seed, f"validation_noise_{i}", 0, positions).to(x0)
+            eps = beside(normal(x0.shape[1:], seed, f"validation_noise_{i}", 0, positions), x0)
             prediction = predict(self.denoiser, x0, cond, level, eps)
             losses.append(prediction.loss(self.weighting))
             alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)

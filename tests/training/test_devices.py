@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conf_nodes import options
+from conf_nodes import build, options
 from tiny_training import config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm.sampling import Request, Sampler
 from ldm.text.tokenizer import build_tokenizer
 from ldm.training.callbacks.validation import validate
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -41,7 +42,7 @@ class Crossings(TorchDispatchMode):
         on_device = any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs)))
         if on_device and name in READS:
             self.to_host[asker()] += 1
-            return 0
+            return 1
         target = kwargs.get("device")
         if name == "_to_copy" and target is not None and (torch.device(target).type == "meta") != args[0].is_meta:
             counted = self.to_host if args[0].is_meta else self.to_device
@@ -84,6 +85,7 @@ MODELS = [f"model={m}" for m in options("model") if m.endswith("_tiny")]
 CASES = {
     **{model: [model] for model in MODELS},
     **{f"{m} {a}": [m, f"adapter=[{a}]"] for m in MODELS for a in ("lora", "hypernetwork")},
+    "a word": ["adapter=[textual_inversion]"],
     "masking": ["masking=random", "+model.in_channels=9"],
     "several noises": ["noises_per_image=2"],
     "stratified and weighted": ["weighting=min_snr", "times=logit_normal"],
@@ -98,7 +100,7 @@ def test_a_step_copies_no_number_to_the_host(monkeypatch, case):
     with Crossings() as seen:
         module.training_step(batch, 0).backward()
     assert not seen.to_host, seen.to_host
-    assert seen.to_device.total() <= 12, seen.to_device
+    assert seen.to_device.keys() == {"devices.on_device"} and seen.to_device.total() <= 6, seen.to_device
     with Crossings() as seen:
         module.totals.end_step()
         module.training_step(batch, 0)
@@ -118,3 +120,21 @@ def test_neither_does_a_validation(monkeypatch, case):
     with Crossings() as seen:
         validate(trainer, module)
     assert seen.to_host == {"totals.reduce": 2}, "rows and values, once a validation"
+
+
+SOLVERS = [name for name in options("sampler") if name != "own"]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_neither_does_a_step_of_sampling(monkeypatch, name):
+    module, _ = on_device(monkeypatch, "scheduler=scaled_linear")
+    sampler = Sampler(module.denoiser, module.autoencoder, module.text_encoder)
+    request = Request(["a dog", "b"], SIZE, SIZE, num_steps=4, solver=build("sampler", name), seeds=[0, 1])
+    with Crossings() as seen:
+        last = [step.x_next for step in sampler.steps(request)][-1]
+    assert not seen.to_host, seen.to_host
+    assert seen.to_device.keys() == {"devices.on_device"}
+    assert seen.to_device.total() <= 3 + 2 * 4, "both captions, the first noise, two draws a step"
+    with Crossings() as seen:
+        sampler.decode(last)
+    assert seen.to_host == {"sampling._pixels": 1}, "whether all is finite"
