@@ -105,6 +105,15 @@ class Weights:
 
 
 @dataclass
+class Compiled:
+    compile: str = key(
+        "none",
+        "torch.compile of the network: blocks (each by itself: soonest ready) or whole; to draw on a GPU, graphs",
+        choices=("none", "blocks", "whole", "graphs"),
+    )
+
+
+@dataclass
 class Checkpoint(Weights):
     checkpoint: str | None = key(
         None, "run, checkpoint folder, diffusers folder, .safetensors, .ckpt or hub id to start from", holds="path"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.block import Block
 from ldm.models.recompute import call
 from ldm.models.resnet import Conv1x1
 
@@ -105,7 +106,7 @@ class TransformerBlock(nn.Module):
         return tokens + self.ff(self.norm3(tokens))
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Block):
     """A transformer whose tokens are the pixels of a feature map (Rombach et al. 2022, section 3.3)."""
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
 from ldm.models.attention import Attention
+from ldm.models.block import Block
 from ldm.models.embeddings import TimeEmbedding
 from ldm.models.inputs import check_inputs, pooled_of, widened
 from ldm.models.recompute import BlockRecompute, call
@@ -85,7 +86,7 @@ class DiT(nn.Module):
         return vector + self.pooled_embedding(pooled_of("DiT", self.pooled_dim, cond).to(vector.dtype))
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """Self-attention, cross-attention (if there is a context) and MLP, each added; the identity at first."""
 
     def __init__(self, width: int, num_heads: int, context_width: int | None):

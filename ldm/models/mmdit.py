@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
 from ldm.models.attention import attention
+from ldm.models.block import Block
 from ldm.models.embeddings import TimeEmbedding
 from ldm.models.inputs import check_inputs, pooled_of, widened
 from ldm.models.recompute import BlockRecompute, call
@@ -90,7 +91,7 @@ class MMDiT(nn.Module):
         return mean_of_tokens(cond) if self.pooled_dim is None else pooled_of("MMDiT", self.pooled_dim, cond)
 
 
-class JointBlock(nn.Module):
+class JointBlock(Block):
     """Both streams attend to both, then go through their own MLP; the identity at first.
 
     The last block's text only feeds the picture: it has no weights for an outcome of its own, which would be dropped

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.block import Block
 from ldm.models.recompute import call
 
 
@@ -35,7 +36,7 @@ class Conv1x1(nn.Conv2d):
         return rearrange(F.linear(pixels, self.weight.flatten(1), self.bias), "b h w c -> b c h w")
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Block):
     """Two 3x3 convolutions around a shortcut; the time, if any, is added between them."""
 
     def __init__(

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.config.keys import Batches, Checkpoint, Drawn, Output, Scored, Seeded, Shards, Task
+from ldm.config.keys import Batches, Checkpoint, Compiled, Drawn, Output, Scored, Seeded, Shards, Task
 
 
 @dataclass
-class Evaluate(Scored, Drawn, Checkpoint, Shards, Batches, Seeded, Output, Task):
+class Evaluate(Scored, Drawn, Compiled, Checkpoint, Shards, Batches, Seeded, Output, Task):
     own_folder: ClassVar[bool] = True
 
     @staticmethod

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.config.keys import Checkpoint, Drawn, Output, Seeded, Task, key
+from ldm.config.keys import Checkpoint, Compiled, Drawn, Output, Seeded, Task, key
 from ldm.errors import ConfigError
 from ldm.text import reading
 
 
 @dataclass
-class Sample(Drawn, Checkpoint, Seeded, Output, Task):
+class Sample(Drawn, Compiled, Checkpoint, Seeded, Output, Task):
     prompt: str | None = key(None, "the text; free text, no quoting needed beyond the shell's", holds="text")
     negative_prompt: str = key("", "what guidance leads away from", holds="text")
     prompts: str | None = key(None, "text file with one prompt a line, instead of prompt=", holds="path")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from ldm.config.keys import (
     Batches,
     Checkpoint,
+    Compiled,
     Diffused,
     Guided,
     ImageSize,
@@ -24,7 +25,7 @@ from ldm.config.keys import (
 
 
 @dataclass
-class Train(Diffused, Guided, Scored, Checkpoint, Pictures, Shards, ImageSize, Batches, Seeded, Task):
+class Train(Diffused, Guided, Scored, Compiled, Checkpoint, Pictures, Shards, ImageSize, Batches, Seeded, Task):
     name: str | None = key(None, "run directory under `outputs`; default: experiment, digest and seed", holds="path")
     stages: dict[str, Any] | None = key({}, "stages of one command, in order, each with its own changes")
     # --- how long, on what
@@ -37,6 +38,11 @@ class Train(Diffused, Guided, Scored, Checkpoint, Pictures, Shards, ImageSize, B
         None,
         "also write the result as diffusers or compvis when training ends",
         choices=("diffusers", "compvis", "ldm"),
+    )
+    compile: str = key(
+        "none",
+        "torch.compile of what is trained: blocks (each by itself: soonest ready) or whole",
+        choices=("none", "blocks", "whole"),
     )
     # --- what is trained
     module: Any = group("what is trained: the LightningModule with its loss, optimizer and average")

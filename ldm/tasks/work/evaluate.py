@@ -90,7 +90,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
         raise ConfigError(f"neither {source} nor {shards} says how large the pictures are: prepare the data again.")
     output.mkdir(parents=True, exist_ok=True)
     parts.for_sampling().to(task_device())
-    pipe = None if parts.denoiser is None else Pipeline(parts)
+    pipe = None if parts.denoiser is None else Pipeline(parts).compile(config["compile"])
     result = scores(metrics, _evaluation(pipe, parts.autoencoder, images, size, asked, output))
     strange = {k: v for k, v in result.items() if not math.isfinite(v)}
     if strange:

@@ -40,7 +40,7 @@ def sample(config: DictConfig, prompts: list[str]) -> dict[str, float]:
         config[name] = value
     for path, weight in _adapters(config):
         pipe.load_adapter(path, weight)
-    pipe.to(task_device())
+    pipe.to(task_device()).compile(config.compile)
     request = _request(pipe, config, prompts)
     output = Path(config.output) if config.output else _default_output(config, pipe, request)
     taken = next(p for p in (output, *output.absolute().parents) if p.exists())

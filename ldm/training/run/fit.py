@@ -19,6 +19,7 @@ from ldm.checkpoints.pretrained import load_pretrained
 from ldm.config.root import digest
 from ldm.errors import ConfigError
 from ldm.launch import is_first, launch
+from ldm.models.block import compile_network
 from ldm.text.encoder import CLIPTokenized
 from ldm.training.callbacks.nonfinite import SkipNonFinite
 from ldm.training.callbacks.saving import Checkpoints, ended_early
@@ -81,7 +82,9 @@ def build_job(job: Job, directory: RunDirectory) -> TrainedModule:
     if config["frozen_dtype"] != "float32":
         _hold_frozen(config, parts, directory)
     attach_adapters(config, parts, states, given)
-    return build_module(config, parts, job.class_images)
+    module = build_module(config, parts, job.class_images)
+    compile_network(parts.network if diffusion else parts.autoencoder, config["compile"])
+    return module
 
 
 def _fill_from_checkpoints(parts: Components, start: dict[str, Path], config: dict[str, Any]) -> dict[str, State]:
