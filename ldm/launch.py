@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass
+
+STARTED = time.monotonic()  # of this process, near enough
 
 
 @dataclass(frozen=True)

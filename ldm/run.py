@@ -253,7 +253,7 @@ def _ended_elsewhere(error: BaseException) -> int | None:
     if not ended:
         return None
     print(ended[1], file=sys.stderr)
-    return 130 if "stopped by SIGINT" in ended[1] else 75 if "stopped by SIG" in ended[1] else 2
+    return 130 if "stopped by SIGINT" in ended[1] else 75 if "stopped by " in ended[1] else 2
 
 
 def _report(error: BaseException) -> int:

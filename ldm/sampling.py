@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,28 @@ class Request:
     mask: Tensor | None = None
     strength: float = 1.0
     tiling: bool = False
+
+    def rows(self, numbers: Sequence[int]) -> Request:
+        """The request for some of its pictures, which come out as they would beside the others: one seed an image."""
+        n = len(self.prompts)
+        assert len(self.seeds) == n, "one generator for all images draws them in turn"
+
+        def some(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in numbers]
+
+        def pictures(given: Tensor | None) -> Tensor | None:
+            return given if given is None or len(given) != n else given[list(numbers)]
+
+        negative = some(self.negative_prompts) if self.negative_prompts else ()
+        images, masks = pictures(self.init_image), pictures(self.mask)
+        return replace(
+            self,
+            prompts=some(self.prompts),
+            negative_prompts=negative,
+            seeds=some(self.seeds),
+            init_image=images,
+            mask=masks,
+        )
 
 
 class Sampler:

@@ -30,6 +30,9 @@ class Train(Diffused, Guided, Scored, Compiled, Checkpoint, Pictures, Shards, Im
     stages: dict[str, Any] | None = key({}, "stages of one command, in order, each with its own changes")
     # --- how long, on what
     max_steps: int = key(1000, "optimizer steps; a larger number continues a run of lr_scheduler=constant", least=1)
+    max_hours: float | None = key(
+        None, "hours after which this command saves and exits with 75; the same command goes on", least=0
+    )
     accumulate: int = key(1, "micro-batches per optimizer step", least=1)
     trainer: Any = group("Lightning's Trainer: devices, precision, strategy")
     callbacks: Any = group("what is watched, and how often")

@@ -117,6 +117,21 @@ def test_sigterm_saves_at_the_step_boundary_and_goes_on(data, uninterrupted, tmp
 
 
 @pytest.mark.slow
+def test_out_of_hours_it_saves_and_the_same_command_goes_on(data, uninterrupted, tmp_path, monkeypatch):
+    clock = iter([0.0] * 4 + [3601.0] * 100)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match="stopped by max_hours after step 5") as stopped,
+    ):
+        patch.setattr("ldm.training.callbacks.saving.STARTED", 0.0)
+        patch.setattr("ldm.training.callbacks.saving.time.monotonic", lambda: next(clock))
+        run(tmp_path / "run", data, patch, Spy(), "max_hours=1")
+    assert stopped.value.exit_code == 75 and all_folders(tmp_path / "run")[-1].name == "step-00000005"
+    run(tmp_path / "run", data, monkeypatch, Spy(), "max_hours=1000")
+    assert metrics(tmp_path / "run") == metrics(uninterrupted[0])
+
+
+@pytest.mark.slow
 def test_real_kill_of_the_whole_command(tmp_path, data):
     """kill -9 of `python -m ldm.run`, three times, then to the end: as one run that was left alone."""
     base = ["model=unet_tiny", "text_encoder=small_tiny", "autoencoder=kl_tiny", "trainer=debug", "batch_size=2"]

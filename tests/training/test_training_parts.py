@@ -12,6 +12,8 @@ from torch import nn
 from ldm.checkpoints import folder as checkpoints
 from ldm.checkpoints.folder import Content
 from ldm.errors import ConfigError
+from ldm.launch import Launch
+from ldm.training.callbacks import pictures
 from ldm.training.ema import EMA
 from ldm.training.learning_rate import constant, cosine
 from ldm.training.run.directory import RunDirectory, differences
@@ -158,3 +160,16 @@ def test_wandb_has_the_same_pictures_offline(tiny_run):
     assert len(copies) == len(ours) and any("jump_to_x0" in p.name for p in copies)
     sizes = sorted(Image.open(p).size for p in ours)
     assert sizes == sorted(Image.open(p).size for p in copies)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_pictures_are_dealt_in_equal_shares(monkeypatch, world, count):
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(pictures.collectives, "size", lambda: world)
+        monkeypatch.setattr(pictures, "launch", lambda rank=rank: Launch(rank, world))
+        shares.append(pictures._share(count))
+    assert len({len(share) for share in shares}) == 1, "all walk together, and as many collectives"
+    assert [i for share in shares for i in share][:count] == list(range(count))
+    assert len(shares[0]) == -(-count // world)

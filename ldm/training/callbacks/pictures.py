@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,9 +13,11 @@ from ldm.checkpoints.sampler import USUAL
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
-from ldm.pictures import film_strip, grid, to_unit
+from ldm.launch import launch
+from ldm.pictures import Frame, film_strip, grid, to_unit
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.distributed import collectives
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
 from ldm.training.run.logging import log_picture
@@ -24,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class _Pictures(L.Callback):
-    """Calls `draw` on the first process every n steps and after the last; without drawing from any training stream."""
+    """Makes pictures every n steps and after the last, without drawing from any training stream.
+
+    Every process makes a share of them, under the run's autocast; the first one's loggers get them all.
+    """
 
     watches: type[TrainedModule]  # the module beside which it runs
     decides = False
@@ -33,17 +38,38 @@ class _Pictures(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if not trainer.is_global_zero or not is_optimizer_step(trainer, batch_idx):
+        step, made, failed = trainer.global_step, [], 0
+        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and not is_last_step(trainer)):
             return
-        if step % self.every_n_steps == 0 or is_last_step(trainer):
+        assert isinstance(pl_module, TrainedModule)
+        count, make = self.prepared(trainer, pl_module)
+        try:
+            with pl_module.averaged(), trainer.precision_plugin.val_step_context():
+                made = make(_share(count))
+        except NotFinite as error:  # the training goes on: its loss says whether it diverged
+            log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
+            failed = 1
+        if not collectives.highest(failed):  # or the others would wait for this one's share
+            joined = [collectives.joined(rows.float().cpu())[:count] for rows in made]
             try:
-                self.draw(trainer, pl_module, step)
-            except NotFinite as error:  # the training goes on: its loss says whether it diverged
+                self.show(trainer, joined, step)
+            except NotFinite as error:
                 log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
 
-    def draw(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must draw something.")
+    def prepared(self, trainer: L.Trainer, module: Any) -> tuple[int, Callable[[list[int]], list[torch.Tensor]]]:
+        """How many pictures there are, and what makes those of some numbers: tensors with a row for each."""
+        raise NotImplementedError(f"{type(self).__name__} must make something.")
+
+    def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:
+        """Logs what was made: the rows of all processes, on the host. Called in each; `log_picture` writes in one."""
+        raise NotImplementedError(f"{type(self).__name__} must show what it made.")
+
+
+def _share(count: int) -> list[int]:
+    """The pictures that this process makes, equally many in each: the last one's may be made more than once."""
+    size = -(-count // collectives.size())
+    first = launch().rank * size if collectives.size() > 1 else 0
+    return [min(first + i, count - 1) for i in range(size)]
 
 
 class Reconstructions(_Pictures):
@@ -54,13 +80,18 @@ class Reconstructions(_Pictures):
     def __init__(self, every_n_steps: int = 500, num_images: int = 8):
         self.every_n_steps, self.num_images = every_n_steps, num_images
 
-    def draw(self, trainer: L.Trainer, module: AutoencoderTraining, step: int) -> None:
-        images = trainer.datamodule.first_validation(self.num_images)["image"]  # type: ignore[attr-defined]
-        images = to_unit(images.to(module.device))
-        with module.averaged():
-            output = module.autoencoder.decode(module.autoencoder.encode(images).mode()).float()
-        both = torch.cat([images, output])
-        log_picture(trainer, "reconstructions", grid(both, columns=len(images)), step, "images above reconstructions")
+    def prepared(self, trainer: L.Trainer, module: AutoencoderTraining) -> Any:
+        images = to_unit(trainer.datamodule.first_validation(self.num_images)["image"])  # type: ignore[attr-defined]
+
+        def make(rows: list[int]) -> list[torch.Tensor]:
+            mine = images[rows].to(module.device)
+            return [mine, module.autoencoder.decode(module.autoencoder.encode(mine).mode())]
+
+        return len(images), make
+
+    def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:
+        picture = grid(torch.cat(made), columns=len(made[0]))
+        log_picture(trainer, "reconstructions", picture, step, "images above reconstructions")
 
 
 class JumpToX0(_Pictures):
@@ -88,16 +119,27 @@ class JumpToX0(_Pictures):
         self.num_steps, self.decode_steps = num_steps, decode_steps
         self.guidance, self.seed, self.sampler, self.grid = guidance, seed, sampler, grid
 
-    def draw(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
+    def prepared(self, trainer: L.Trainer, module: LatentDiffusion) -> Any:
         sampler, request = _drawing(self, trainer, module)
-        prompts = list(request.prompts)
-        with module.averaged():
-            steps = list(sampler.steps(request))
-            frames = sampler.frames(steps, chosen_steps(self.num_steps, self.decode_steps))
-            log_picture(trainer, "jump_to_x0", film_strip(frames, prompts), step, "; ".join(prompts))
+        self._prompts = list(request.prompts)
+
+        def make(rows: list[int]) -> list[torch.Tensor]:
+            steps = list(sampler.steps(request.rows(rows)))
+            strips = [sampler.frames(steps, chosen_steps(self.num_steps, self.decode_steps))]
             if module.autoencoder.latents.has_preview:
-                strip = film_strip(sampler.previews(steps), prompts, side=48)
-                log_picture(trainer, "jump_to_x0_preview", strip, step, "linear previews of every step")
+                strips.append(sampler.previews(steps))
+            self._columns = [[(f.number, f.sigma) for f in frames] for frames in strips]
+            return [torch.stack([torch.stack([f.current, f.jump], 1) for f in frames], 1) for frames in strips]
+
+        return len(self._prompts), make
+
+    def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:  # (B, steps, 2, 3, H, W)
+        said = ["; ".join(self._prompts), "linear previews of every step"]
+        for key, side, text, columns, images in zip(
+            ("jump_to_x0", "jump_to_x0_preview"), (64, 48), said, self._columns, made, strict=False
+        ):
+            frames = [Frame(*column, *images[:, i].unbind(1)) for i, column in enumerate(columns)]
+            log_picture(trainer, key, film_strip(frames, self._prompts, side=side), step, text)
 
 
 class Samples(_Pictures):
@@ -120,20 +162,28 @@ class Samples(_Pictures):
         self.num_steps, self.guidance, self.seed, self.sampler, self.grid = num_steps, guidance, seed, sampler, grid
         self._base: torch.Tensor | None = None  # what the base draws: the same at every step
 
-    def draw(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
+    def prepared(self, trainer: L.Trainer, module: LatentDiffusion) -> Any:
         sampler, request = _drawing(self, trainer, module)
-        prompts = list(request.prompts)
-        with module.averaged():
-            images = sampler.sample(request)
+        self._prompts = list(request.prompts)
+
+        def make(rows: list[int]) -> list[torch.Tensor]:
+            mine = request.rows(rows)
+            images = [sampler.sample(mine)]
             if module.adapters and self._base is None:
                 with module.adapters_disabled():
-                    self._base = sampler.sample(request)
-        picture, text = grid(images, prompts), "; ".join(prompts)
-        if self._base is not None:
-            both = torch.cat([self._base, images])
-            picture = grid(both, [*prompts, *prompts], columns=len(images))
-            text = f"above the base, below with adapters: {text}"
-        log_picture(trainer, "samples", picture, step, text)
+                    images.append(sampler.sample(mine))
+            return images
+
+        return len(self._prompts), make
+
+    def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:
+        images, prompts, text = made[0], self._prompts, "; ".join(self._prompts)
+        self._base = made[1] if len(made) > 1 else self._base
+        if self._base is None:
+            log_picture(trainer, "samples", grid(images, prompts), step, text)
+            return
+        picture = grid(torch.cat([self._base, images]), [*prompts, *prompts], columns=len(images))
+        log_picture(trainer, "samples", picture, step, f"above the base, below with adapters: {text}")
 
 
 def _drawing(callback: JumpToX0 | Samples, trainer: L.Trainer, module: LatentDiffusion) -> tuple[Sampler, Request]:

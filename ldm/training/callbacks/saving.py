@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from ldm.checkpoints.folder import all_folders, folder_name
 from ldm.errors import ConfigError
+from ldm.launch import STARTED
 from ldm.training.distributed import collectives
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step, stopped_early
 
+OUT_OF_TIME = 1  # beside the signals' numbers, and below those that are listened to
+
 
 class Interrupted(Exception):
-    """A signal ended the run at a step boundary; everything up to it is saved."""
+    """A signal, or max_hours, ended the run at a step boundary; everything up to it is saved."""
 
     everywhere = True  # in every process, at the same step
 
     def __init__(self, number: int, step: int, folder: Path):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; saved in {folder}")
+        by = "max_hours" if number == OUT_OF_TIME else signal.Signals(number).name
+        super().__init__(f"stopped by {by} after step {step}; saved in {folder}")
         self.number, self.step, self.folder = number, step, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,15 +48,22 @@ class Checkpoints(Checkpoint):
     are read before: nothing is saved of a run whose loss is no longer a number.
     keep_last: how many checkpoint folders stay; None keeps all.
     signals_every_n_steps: how often several processes ask one another for signals; one alone looks after every step.
+    max_hours: since this process started, stages and arms before this run included; then it stops as by a signal.
     """
 
     decides = False  # what is trained is the same without it
 
-    def __init__(self, every_n_steps: int = 1000, keep_last: int | None = 2, signals_every_n_steps: int = 5):
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        keep_last: int | None = 2,
+        signals_every_n_steps: int = 5,
+        max_hours: float | None = None,
+    ):
         if signals_every_n_steps < 1:
             raise ConfigError(f"callbacks.checkpoints.signals_every_n_steps={signals_every_n_steps}: at least 1.")
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
-        self.signals_every_n_steps = signals_every_n_steps
+        self.signals_every_n_steps, self.max_hours = signals_every_n_steps, max_hours
         self.directory = Path("checkpoints")  # set when the run directory is known
         self.on_saved: Callable[[int], None] | None = None  # told the step after each save
         self._signal = 0
@@ -76,7 +88,7 @@ class Checkpoints(Checkpoint):
         due = is_last_step(trainer) or step % self.every_n_steps == 0
         asks = due or collectives.size() == 1 or step % self.signals_every_n_steps == 0
         # The signal that any process has had: all stop at the same step.
-        number = collectives.highest(self._signal) if asks else 0
+        number = collectives.highest(self._signal or self._out_of_time()) if asks else 0
         if number or due:
             folder = self._save(trainer)
             if number:  # after the last step too: what would come after this run must not start
@@ -107,6 +119,9 @@ class Checkpoints(Checkpoint):
             if self.on_saved is not None:
                 self.on_saved(self._saved)
         return folder
+
+    def _out_of_time(self) -> int:
+        return OUT_OF_TIME if self.max_hours is not None and time.monotonic() - STARTED > 3600 * self.max_hours else 0
 
     def _flag(self, number: int, frame: Any) -> None:
         self._signal = number
