@@ -103,6 +103,9 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: st
     axes = figure.add_subplot(xscale="log", xlabel=x_label, ylabel=y_label)
     for i, (name, y) in enumerate(lines.items()):
         axes.plot(x, y, marker="o" if i == 0 else None, linestyle="-" if i == 0 else "--", label=name)
+    if 0 < max(x) < 100 * min(x):  # powers of ten alone would say too little
+        axes.set_xticks(x, labels=[f"{value:g}" for value in x], fontsize="small")
+        axes.set_xticks([], minor=True)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     canvas = FigureCanvasAgg(figure)

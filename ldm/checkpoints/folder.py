@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldm.allowed import read_allowed
-from ldm.atomic import sync
+from ldm.atomic import atomic_write, sync
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES, State
 from ldm.formats.files.open import load
@@ -88,6 +88,23 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
         _link(folder / name, part / name)
     (part / "manifest.json").write_text(json.dumps({**manifest, "files": wanted}, indent=1))
     part.rename(target)
+
+
+def with_averages(folder: Path, averages: Mapping[str, State], target: Path) -> None:
+    """A checkpoint folder with other averaged weights, all else linked, to draw and evaluate with: it has no state."""
+    manifest = read_manifest(folder)
+    kept = {n: e for n, e in manifest["files"].items() if n != "state.pt" and not n.endswith(".ema.safetensors")}
+    with atomic_write(target) as part:
+        part.mkdir(parents=True)
+        for name in kept:
+            (part / name).parent.mkdir(exist_ok=True)
+            _link(folder / name, part / name)
+        for name, tensors in averages.items():
+            file = part / f"{name}.ema.safetensors"
+            save_tensors(tensors, file)
+            kept[file.name] = _entry(file)
+        (part / "manifest.json").write_text(json.dumps({**manifest, "files": kept}, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

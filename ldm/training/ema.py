@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.averages import exponent
 from ldm.errors import ConfigError
 
 
@@ -61,3 +62,53 @@ class EMA:
 
     def load(self, shadow: dict[str, Tensor], updates: int) -> None:
         self.shadow, self.updates = {k: v.clone() for k, v in shadow.items()}, updates
+
+    def more_state(self) -> dict[str, dict[str, Tensor]]:
+        """Averages beside the one that is used."""
+        return {}
+
+    def load_more(self, others: dict[str, dict[str, Tensor]]) -> None:
+        """What `more_state` gave."""
+
+
+class PowerEMA(EMA):
+    """Averages that weigh the weight after step tau of t by tau^gamma (Karras et al. 2024, Equations 1 to 3).
+
+    Their lengths are relative: a run twice as long is averaged over twice as many steps. Snapshots of them give the
+    average of any other length afterwards (task=ema).
+    lengths: sigma_rel of each; the first is what validation, pictures and checkpoints use.
+    """
+
+    def __init__(self, lengths: Sequence[float] = (0.05, 0.1)):
+        super().__init__(decay=0.0)
+        if len(lengths) < 1 or len(set(lengths)) < len(lengths):
+            raise ConfigError(f"ema.lengths={list(lengths)}: one or more different ones, [0.05, 0.1] are usual.")
+        self.lengths, self.exponents = list(lengths), [exponent(length) for length in lengths]
+        self.others: dict[str, dict[str, Tensor]] = {}  # by length, beside the first's shadow
+
+    def start(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().start(parameters)
+        with torch.no_grad():
+            for length in map(str, self.lengths[1:]):
+                known = self.others.get(length, {})
+                filled = known if known.keys() == parameters.keys() else parameters
+                self.others[length] = {k: torch.empty_like(p).copy_(filled[k]) for k, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.updates += 1
+        weights = [parameters[k].detach() for k in self.shadow]
+        for gamma, shadow in zip(self.exponents, self.shadows, strict=True):
+            decay = (1 - 1 / self.updates) ** (gamma + 1)
+            torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
+
+    @property
+    def shadows(self) -> list[dict[str, Tensor]]:
+        """The averages, in the order of `lengths`."""
+        return [self.shadow, *self.others.values()]
+
+    def more_state(self) -> dict[str, dict[str, Tensor]]:
+        return {length: {k: v.detach() for k, v in shadow.items()} for length, shadow in self.others.items()}
+
+    def load_more(self, others: dict[str, dict[str, Tensor]]) -> None:
+        self.others = {length: {k: v.clone() for k, v in shadow.items()} for length, shadow in others.items()}

@@ -219,10 +219,13 @@ class TrainedModule(L.LightningModule):
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state()
             checkpoint["ema_updates"] = self.ema.updates
+            if more := self.ema.more_state():
+                checkpoint["ema_others"] = more
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.ema is not None:
             self.ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+            self.ema.load_more(checkpoint.get("ema_others", {}))
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], lr: float) -> None:

@@ -21,6 +21,7 @@ from ldm.errors import ConfigError
 from ldm.launch import is_first, launch
 from ldm.models.block import compile_network
 from ldm.text.encoder import CLIPTokenized
+from ldm.training.callbacks.averages import AverageSnapshots
 from ldm.training.callbacks.nonfinite import SkipNonFinite
 from ldm.training.callbacks.saving import Checkpoints, ended_early
 from ldm.training.distributed import processes
@@ -141,6 +142,8 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
         if isinstance(callback, Checkpoints):
             callback.directory = directory.checkpoints
             callback.on_saved = lambda step: directory.set_status("running", step)
+        if isinstance(callback, AverageSnapshots):
+            callback.directory = directory.path
         if isinstance(callback, SkipNonFinite):
             callback.on_skipped = partial(directory.event, "skip")
     io = FolderCheckpointIO(
