@@ -51,7 +51,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "transformers": ("ldm.text", "ldm.training.run", "ldm.training.losses"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
     "wandb": ("ldm.training.run.wandb_mirror",),
-    "pandas": ("ldm.analysis", "ldm.data"),
+    "pandas": ("ldm.analysis", "ldm.data", "ldm.tasks.work.lengths"),
     "huggingface_hub": ("ldm.formats",),
     "diffusers": (),
     "torchvision": (),
