@@ -30,8 +30,11 @@ class AverageSnapshots(L.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainedModule)
         ema, step = pl_module.ema, trainer.global_step
-        if not isinstance(ema, PowerEMA) or not trainer.is_global_zero or not is_optimizer_step(trainer, batch_idx):
+        if not isinstance(ema, PowerEMA) or not is_optimizer_step(trainer, batch_idx):
             return
-        if step % self.every_n_steps == 0 or is_last_step(trainer):
+        if step % self.every_n_steps and not is_last_step(trainer):
+            return
+        pl_module.read_losses()  # of a run that has diverged nothing is written
+        if trainer.is_global_zero:
             for length, shadow in zip(ema.lengths, ema.shadows, strict=True):
                 write_snapshot(self.directory, step, length, shadow, self.dtype)

@@ -14,7 +14,7 @@ from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
 from ldm.launch import launch
-from ldm.pictures import Frame, film_strip, grid, to_unit
+from ldm.pictures import Frame, film_strip, grid, to_bytes, to_unit
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.distributed import collectives
@@ -43,21 +43,23 @@ class _Pictures(L.Callback):
             return
         assert isinstance(pl_module, TrainedModule)
         count, make = self.prepared(trainer, pl_module)
+        share = _share(count)
         try:
             with pl_module.averaged(), trainer.precision_plugin.val_step_context():
-                made = make(_share(count))
+                made = [_bytes(rows) for rows in make(share)]
         except NotFinite as error:  # the training goes on: its loss says whether it diverged
             log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
             failed = 1
         if not collectives.highest(failed):  # or the others would wait for this one's share
-            joined = [collectives.joined(rows.float().cpu())[:count] for rows in made]
+            first = launch().rank * len(share) if collectives.size() > 1 else 0
+            joined = [_unit(collectives.joined(rows, first, count)) for rows in made]
             try:
                 self.show(trainer, joined, step)
             except NotFinite as error:
                 log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
 
     def prepared(self, trainer: L.Trainer, module: Any) -> tuple[int, Callable[[list[int]], list[torch.Tensor]]]:
-        """How many pictures there are, and what makes those of some numbers: tensors with a row for each."""
+        """How many there are, and what makes those of some numbers: (row for each, ..., 3, H, W) in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} must make something.")
 
     def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:
@@ -70,6 +72,15 @@ def _share(count: int) -> list[int]:
     size = -(-count // collectives.size())
     first = launch().rank * size if collectives.size() > 1 else 0
     return [min(first + i, count - 1) for i in range(size)]
+
+
+def _bytes(images: torch.Tensor) -> torch.Tensor:  # (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) uint8 on the host
+    shown = torch.from_numpy(to_bytes(images.flatten(0, -4)))
+    return shown.view(*images.shape[:-3], *shown.shape[1:])
+
+
+def _unit(shown: torch.Tensor) -> torch.Tensor:
+    return to_unit(shown.movedim(-1, -3))
 
 
 class Reconstructions(_Pictures):

@@ -32,13 +32,13 @@ def highest(value: int) -> int:
     return int(held)
 
 
-def joined(values: Tensor) -> Tensor:
-    """Host tensors of equal shape, (N, ...) in each process -> (N x processes, ...) in all, by rank."""
-    if (ours := _host_group()) is None:
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous(), group=ours)
-    return torch.cat(parts)
+def joined(values: Tensor, first: int, count: int) -> Tensor:
+    """(count, ...) host rows in all processes, of which this one has those from `first` on, and no other has them."""
+    whole = values.new_zeros((count, *values.shape[1:]))
+    own = whole[first : first + len(values)]
+    own.copy_(values[: len(own)])
+    total(whole)
+    return whole
 
 
 def size() -> int:
