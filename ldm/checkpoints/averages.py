@@ -3,7 +3,7 @@
 A run keeps two averages whose weight over time is a power of it, and writes snapshots of both. Each snapshot is a known
 mixture of the weights of all steps; what mixture of snapshots is nearest to a wanted one is a least-squares problem.
 
-    RUN/averages/step-00000500_0.05.safetensors     every trained tensor; step and length in the metadata
+    RUN/averages/step-00000500_0.05.safetensors     every trained tensor, as PART.NAME
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
 from ldm.formats.files.open import load
 from ldm.formats.files.store import save_tensors
@@ -81,11 +82,8 @@ def _product(a: tuple[float, float], b: tuple[float, float], scale: float) -> fl
 
 def write_snapshot(run: Path, step: int, length: float, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Keeps an average in a run directory."""
-    path = run / "averages" / f"step-{step:08d}_{length:g}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    save_tensors(tensors, part, dtype=dtype)
-    part.rename(path)
+    with atomic_write(run / "averages" / f"step-{step:08d}_{length:g}.safetensors") as part:
+        save_tensors(tensors, part, dtype=dtype)
 
 
 def snapshots(run: Path) -> list[Snapshot]:

@@ -77,33 +77,31 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
 
 def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
     """A checkpoint folder with some parts of another, linked, that verifies as that does; nothing if it is there."""
-    if target.is_dir():
-        return
-    manifest = read_manifest(folder)
-    wanted = {n: e for n, e in manifest["files"].items() if n == "config.yaml" or n.split(".")[0] in names}
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in wanted:
-        _link(folder / name, part / name)
-    (part / "manifest.json").write_text(json.dumps({**manifest, "files": wanted}, indent=1))
-    part.rename(target)
+    if not target.is_dir():
+        _derive(folder, lambda file: file == "config.yaml" or file.split(".")[0] in names, target)
 
 
 def with_averages(folder: Path, averages: Mapping[str, State], target: Path) -> None:
     """A checkpoint folder with other averaged weights, all else linked, to draw and evaluate with: it has no state."""
+    _derive(folder, lambda file: file != "state.pt" and not file.endswith(".ema.safetensors"), target, averages)
+
+
+def _derive(
+    folder: Path, keeps: Callable[[str], bool], target: Path, averages: Mapping[str, State] | None = None
+) -> None:
+    """Links some files of a checkpoint folder into another, beside averages of its own; one that is there goes."""
     manifest = read_manifest(folder)
-    kept = {n: e for n, e in manifest["files"].items() if n != "state.pt" and not n.endswith(".ema.safetensors")}
+    files = {name: entry for name, entry in manifest["files"].items() if keeps(name)}
     with atomic_write(target) as part:
         part.mkdir(parents=True)
-        for name in kept:
+        for name in files:
             (part / name).parent.mkdir(exist_ok=True)
             _link(folder / name, part / name)
-        for name, tensors in averages.items():
+        for name, tensors in (averages or {}).items():
             file = part / f"{name}.ema.safetensors"
             save_tensors(tensors, file)
-            kept[file.name] = _entry(file)
-        (part / "manifest.json").write_text(json.dumps({**manifest, "files": kept}, indent=1))
+            files[file.name] = _entry(file)
+        (part / "manifest.json").write_text(json.dumps({**manifest, "files": files}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self.shadow: dict[str, Tensor] = {}
+        self.others: dict[str, dict[str, Tensor]] = {}  # by name, beside the one that is used
 
     @torch.no_grad()
     def start(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -31,16 +32,29 @@ class EMA:
 
         Also into their memory layout: convolutions round differently in another, and a resumed run must not.
         """
-        if self.shadow.keys() == parameters.keys():
-            self.shadow = {k: torch.empty_like(p).copy_(self.shadow[k]) for k, p in parameters.items()}
-        else:
-            self.shadow = {k: p.detach().clone() for k, p in parameters.items()}
+
+        def beside(known: dict[str, Tensor]) -> dict[str, Tensor]:
+            source = known if known.keys() == parameters.keys() else parameters
+            return {k: torch.empty_like(p).copy_(source[k]) for k, p in parameters.items()}
+
+        self.shadow = beside(self.shadow)
+        self.others = {name: beside(shadow) for name, shadow in self.others.items()}
 
     @torch.no_grad()
     def update(self, parameters: dict[str, nn.Parameter]) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), [parameters[k].detach() for k in self.shadow], 1 - decay)
+        weights = [parameters[k].detach() for k in self.shadow]
+        for decay, shadow in zip(self.decays(), self.shadows, strict=True):
+            torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
+
+    def decays(self) -> list[float]:
+        """How much of each average stays at this update, the first of which is 1."""
+        return [min(self.decay, (1 + self.updates) / (10 + self.updates))]
+
+    @property
+    def shadows(self) -> list[dict[str, Tensor]]:
+        """All averages, the one that is used first."""
+        return [self.shadow, *self.others.values()]
 
     @contextmanager
     def swapped(self, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
@@ -65,10 +79,11 @@ class EMA:
 
     def more_state(self) -> dict[str, dict[str, Tensor]]:
         """Averages beside the one that is used."""
-        return {}
+        return {name: {k: v.detach() for k, v in shadow.items()} for name, shadow in self.others.items()}
 
     def load_more(self, others: dict[str, dict[str, Tensor]]) -> None:
         """What `more_state` gave."""
+        self.others = {name: {k: v.clone() for k, v in others.get(name, {}).items()} for name in self.others}
 
 
 class PowerEMA(EMA):
@@ -84,31 +99,7 @@ class PowerEMA(EMA):
         if len(lengths) < 1 or len(set(lengths)) < len(lengths):
             raise ConfigError(f"ema.lengths={list(lengths)}: one or more different ones, [0.05, 0.1] are usual.")
         self.lengths, self.exponents = list(lengths), [exponent(length) for length in lengths]
-        self.others: dict[str, dict[str, Tensor]] = {}  # by length, beside the first's shadow
+        self.others = {f"{length}": {} for length in self.lengths[1:]}
 
-    def start(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().start(parameters)
-        with torch.no_grad():
-            for length in map(str, self.lengths[1:]):
-                known = self.others.get(length, {})
-                filled = known if known.keys() == parameters.keys() else parameters
-                self.others[length] = {k: torch.empty_like(p).copy_(filled[k]) for k, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.updates += 1
-        weights = [parameters[k].detach() for k in self.shadow]
-        for gamma, shadow in zip(self.exponents, self.shadows, strict=True):
-            decay = (1 - 1 / self.updates) ** (gamma + 1)
-            torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
-
-    @property
-    def shadows(self) -> list[dict[str, Tensor]]:
-        """The averages, in the order of `lengths`."""
-        return [self.shadow, *self.others.values()]
-
-    def more_state(self) -> dict[str, dict[str, Tensor]]:
-        return {length: {k: v.detach() for k, v in shadow.items()} for length, shadow in self.others.items()}
-
-    def load_more(self, others: dict[str, dict[str, Tensor]]) -> None:
-        self.others = {length: {k: v.clone() for k, v in shadow.items()} for length, shadow in others.items()}
+    def decays(self) -> list[float]:
+        return [(1 - 1 / self.updates) ** (gamma + 1) for gamma in self.exponents]

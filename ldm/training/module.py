@@ -178,6 +178,15 @@ class TrainedModule(L.LightningModule):
         if self.ema is not None:
             self.ema.start(self.trained_parameters())
 
+    def gradient_norm(self) -> Tensor:
+        """() of all gradients together, on their device: equal in all processes before a step, whose sums they are."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the losses are scaled, for float16's gradients (trainer.precision=16-mixed)."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -185,14 +194,13 @@ class TrainedModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips the norm here, because Lightning refuses fused optimizers under bf16, where nothing is scaled."""
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         trained = [p for p in self.trained_parameters().values() if p.grad is not None]
         if not trained:  # the step is left out
             return
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = self.gradient_norm()
         # A scaler leaves out what is not finite by itself, and looks for the next scale so.
-        self.totals.add(GRADIENT_NORM, norm[None], norm.isfinite()[None] if scaled else None)
-        if scaled or gradient_clip_algorithm == "value":
+        self.totals.add(GRADIENT_NORM, norm[None], norm.isfinite()[None] if self.is_scaled else None)
+        if self.is_scaled or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
@@ -244,6 +252,12 @@ def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], l
 def is_optimizer_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch ended an optimizer step; epochs are whole numbers of steps."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_due(trainer: L.Trainer, batch_idx: int, every_n_steps: int) -> bool:
+    """Whether this micro-batch ended a step that is a multiple of `every_n_steps`, or the last one."""
+    due = trainer.global_step % every_n_steps == 0 or is_last_step(trainer)
+    return is_optimizer_step(trainer, batch_idx) and due
 
 
 def stopped_early(trainer: L.Trainer) -> bool:

@@ -17,8 +17,6 @@ from ldm.pictures import curves
 from ldm.sweep.measured import check_optimized, of_evaluation
 from ldm.tasks.work.evaluate import evaluate_run
 
-ATTRIBUTES = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}  # of the training module
-
 
 def make_lengths(config: DictConfig) -> dict[str, float]:
     """One checkpoint folder a length; of several, scores.csv, a picture of each score."""
@@ -47,15 +45,11 @@ def make_lengths(config: DictConfig) -> dict[str, float]:
 
 
 def _write(source: Path, length: float, target: Path) -> Path:
-    step, parts = read_manifest(source)["step"], {}
-    tensors = average(run_of(source), length, step)
-    for file in sorted(source.glob("*.ema.safetensors")):
-        part = file.name.removesuffix(".ema.safetensors")
-        attribute = ATTRIBUTES.get(part) or (
-            f"losses.{part.removeprefix('loss_')}" if part.startswith("loss_") else f"adapters.{part}"
-        )
-        found: State = {k.removeprefix(f"{attribute}."): v for k, v in tensors.items() if k.startswith(f"{attribute}.")}
-        parts[part] = found
+    step = read_manifest(source)["step"]
+    parts: dict[str, State] = {}
+    for name, tensor in average(run_of(source), length, step).items():
+        part, _, inside = name.partition(".")
+        parts.setdefault(part, {})[inside] = tensor
     with_averages(source, parts, target)
     print(f"average of length {length:g} at step {step}: {target}")
     return target

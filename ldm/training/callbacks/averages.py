@@ -9,11 +9,13 @@ import lightning as L
 
 from ldm.checkpoints.averages import write_snapshot
 from ldm.training.ema import PowerEMA
-from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
+from ldm.training.module import TrainedModule, is_due
+from ldm.training.run.checkpoint_io import under
+from ldm.training.run.directory import WritesIntoRun
 from ldm.training.run.frozen import DTYPES
 
 
-class AverageSnapshots(L.Callback):
+class AverageSnapshots(WritesIntoRun, L.Callback):
     """Writes the averages of ema=power into RUN/averages every n steps and after the last; nothing with another ema.
 
     dtype: of the files; float16 halves them and rounds by 5e-4 of each number, of which a mixture sees a little more.
@@ -23,18 +25,18 @@ class AverageSnapshots(L.Callback):
 
     def __init__(self, every_n_steps: int = 500, dtype: Literal["float32", "float16"] = "float32"):
         self.every_n_steps, self.dtype = every_n_steps, DTYPES[dtype]
-        self.directory = Path(".")  # set when the run directory is known
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainedModule)
-        ema, step = pl_module.ema, trainer.global_step
-        if not isinstance(ema, PowerEMA) or not is_optimizer_step(trainer, batch_idx):
-            return
-        if step % self.every_n_steps and not is_last_step(trainer):
+        ema = pl_module.ema
+        if not isinstance(ema, PowerEMA) or not is_due(trainer, batch_idx, self.every_n_steps):
             return
         pl_module.read_losses()  # of a run that has diverged nothing is written
         if trainer.is_global_zero:
+            run = Path(".") if self.run_directory is None else self.run_directory.path
             for length, shadow in zip(ema.lengths, ema.shadows, strict=True):
-                write_snapshot(self.directory, step, length, shadow, self.dtype)
+                parts = {part: under(shadow, pl_module.parts[part]) for part in pl_module.trained_parts}
+                named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+                write_snapshot(run, trainer.global_step, length, named, self.dtype)

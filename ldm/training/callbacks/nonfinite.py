@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.training.distributed import processes
 from ldm.training.module import Diverged, TrainedModule
+from ldm.training.run.directory import WritesIntoRun
 
 
-class SkipNonFinite(L.Callback):
+class SkipNonFinite(WritesIntoRun, L.Callback):
     """Leaves out an optimizer step whose gradients are not finite: weights and the optimizer's state stay as they were.
 
     The step counts, and events.jsonl names the pictures whose losses were no numbers. More than `in_a_row` of them end
@@ -28,7 +28,6 @@ class SkipNonFinite(L.Callback):
             raise ConfigError(f"callbacks.skip_nonfinite.in_a_row={in_a_row}: must be at least 0, which skips none.")
         self.in_a_row = in_a_row
         self.skipped, self._row = 0, 0
-        self.on_skipped: Callable[..., None] | None = None  # told step, count and keys, on the first process
         self._seen: list[tuple[list[str], Tensor]] = []  # keys and loss of each micro-batch of this step
 
     def on_train_batch_start(
@@ -43,12 +42,11 @@ class SkipNonFinite(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if not self.in_a_row or getattr(trainer.precision_plugin, "scaler", None) is not None:  # it does so by itself
-            return
         assert isinstance(pl_module, TrainedModule)
+        if not self.in_a_row or pl_module.is_scaled:  # a scaler does so by itself
+            return
         seen, self._seen = self._seen, []
-        norm = nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        if norm.isfinite():  # equal in all processes: the gradients are their sums
+        if pl_module.gradient_norm().isfinite():  # equal in all processes: the gradients are their sums
             self._row = 0
             return
         for parameter in pl_module.parameters():
@@ -62,8 +60,8 @@ class SkipNonFinite(L.Callback):
             print(
                 f"warning: step {step} was left out, its gradients are no numbers ({', '.join(keys)[:200]})", flush=True
             )
-            if self.on_skipped is not None:
-                self.on_skipped(step=step, skipped=self.skipped, keys=keys)
+            if self.run_directory is not None:
+                self.run_directory.event("skip", step=step, skipped=self.skipped, keys=keys)
         if self._row > self.in_a_row:
             raise Diverged(
                 f"the gradients of {self._row} steps in a row, up to step {step}, are no numbers "

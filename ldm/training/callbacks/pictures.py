@@ -13,13 +13,12 @@ from ldm.checkpoints.sampler import USUAL
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
-from ldm.launch import launch
 from ldm.pictures import Frame, film_strip, grid, to_bytes, to_unit
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.distributed import collectives
 from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
+from ldm.training.module import TrainedModule, is_due
 from ldm.training.run.logging import log_picture
 
 log = logging.getLogger(__name__)
@@ -39,24 +38,19 @@ class _Pictures(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, made, failed = trainer.global_step, [], 0
-        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and not is_last_step(trainer)):
+        if not is_due(trainer, batch_idx, self.every_n_steps):
             return
         assert isinstance(pl_module, TrainedModule)
         count, make = self.prepared(trainer, pl_module)
         share = _share(count)
         try:
             with pl_module.averaged(), trainer.precision_plugin.val_step_context():
-                made = [_bytes(rows) for rows in make(share)]
+                made = [_bytes(rows) for rows in make([min(i, count - 1) for i in share])]
         except NotFinite as error:  # the training goes on: its loss says whether it diverged
             log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
             failed = 1
         if not collectives.highest(failed):  # or the others would wait for this one's share
-            first = launch().rank * len(share) if collectives.size() > 1 else 0
-            joined = [_unit(collectives.joined(rows, first, count)) for rows in made]
-            try:
-                self.show(trainer, joined, step)
-            except NotFinite as error:
-                log.warning("%s at step %d: no pictures, for %s", type(self).__name__, step, error)
+            self.show(trainer, [_unit(collectives.joined(rows, share.start, count)) for rows in made], step)
 
     def prepared(self, trainer: L.Trainer, module: Any) -> tuple[int, Callable[[list[int]], list[torch.Tensor]]]:
         """How many there are, and what makes those of some numbers: (row for each, ..., 3, H, W) in [-1, 1]."""
@@ -67,11 +61,10 @@ class _Pictures(L.Callback):
         raise NotImplementedError(f"{type(self).__name__} must show what it made.")
 
 
-def _share(count: int) -> list[int]:
-    """The pictures that this process makes, equally many in each: the last one's may be made more than once."""
+def _share(count: int) -> range:
+    """The pictures that this process makes, equally many in each: some of the last ones' are beyond `count`."""
     size = -(-count // collectives.size())
-    first = launch().rank * size if collectives.size() > 1 else 0
-    return [min(first + i, count - 1) for i in range(size)]
+    return range(collectives.rank() * size, (collectives.rank() + 1) * size)
 
 
 def _bytes(images: torch.Tensor) -> torch.Tensor:  # (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) uint8 on the host

@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ldm.errors import ConfigError
 from ldm.launch import STARTED
 from ldm.training.distributed import collectives
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step, stopped_early
+from ldm.training.run.directory import WritesIntoRun
 
 OUT_OF_TIME = 1  # beside the signals' numbers, and below those that are listened to
 
@@ -41,7 +41,7 @@ class Interrupted(Exception):
         return 130 if self.number == signal.SIGINT else 75
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(WritesIntoRun, Checkpoint):
     """Saves every `every_n_steps` steps, after the last step, and at the boundary after SIGINT, SIGTERM or SIGUSR1.
 
     Lightning calls it after all other callbacks: what they log at a step is never missing from a resumed run. Losses
@@ -64,12 +64,14 @@ class Checkpoints(Checkpoint):
             raise ConfigError(f"callbacks.checkpoints.signals_every_n_steps={signals_every_n_steps}: at least 1.")
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
         self.signals_every_n_steps, self.max_hours = signals_every_n_steps, max_hours
-        self.directory = Path("checkpoints")  # set when the run directory is known
-        self.on_saved: Callable[[int], None] | None = None  # told the step after each save
         self._signal = 0
         self._saved = 0  # the step
         self._complete = False  # the newest checkpoint is the run's end, before max_steps
         self._before: dict[int, Any] = {}
+
+    @property
+    def directory(self) -> Path:
+        return Path("checkpoints") if self.run_directory is None else self.run_directory.checkpoints
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
@@ -116,8 +118,8 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(folder)
         if trainer.is_global_zero:
             self._prune()
-            if self.on_saved is not None:
-                self.on_saved(self._saved)
+            if self.run_directory is not None:
+                self.run_directory.set_status("running", self._saved)
         return folder
 
     def _out_of_time(self) -> int:

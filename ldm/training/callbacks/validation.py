@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
+from ldm.training.module import TrainedModule, is_due
 from ldm.training.run.logging import log_metrics, log_picture
 from ldm.training.totals import Totals
 
@@ -28,7 +28,7 @@ class Validation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not is_optimizer_step(trainer, batch_idx) or (step % self.every_n_steps and not is_last_step(trainer)):
+        if not is_due(trainer, batch_idx, self.every_n_steps):
             return
         assert isinstance(pl_module, TrainedModule)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -46,6 +46,11 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if size() > 1 else 0
+
+
 def _host_group() -> Any:
     global _host
     if size() == 1:

@@ -35,8 +35,8 @@ class FolderCheckpointIO(CheckpointIO):
         state = dict(checkpoint)
         tensors, averages = state.pop("state_dict"), state.pop("ema", {})
         content = Content(
-            parts={part: _under(tensors, attribute) for part, attribute in self.parts.items()},
-            averages={p: _under(averages, self.parts[p]) for p in self.trained} if averages else {},
+            parts={part: under(tensors, attribute) for part, attribute in self.parts.items()},
+            averages={p: under(averages, self.parts[p]) for p in self.trained} if averages else {},
             state=state,
             config=self.config,
             frozen=tuple(p for p in self.parts if p not in self.trained),
@@ -79,6 +79,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return tree_map_only(Tensor, Tensor.clone, state)
 
 
-def _under(tensors: State, attribute: str) -> State:
+def under(tensors: State, attribute: str) -> State:
+    """What belongs to one attribute of a module, by its names within that."""
     prefix = attribute + "."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

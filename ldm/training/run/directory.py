@@ -133,6 +133,12 @@ class RunDirectory:
             )
 
 
+class WritesIntoRun:
+    """Mixin of callbacks that write into the run's directory, which `fit` sets; in a plain script there is none."""
+
+    run_directory: RunDirectory | None = None
+
+
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """'key: old -> new' for everything in which two plain trees differ."""
     if isinstance(before, dict) and isinstance(after, dict):

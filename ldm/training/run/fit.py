@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,14 @@ from ldm.errors import ConfigError
 from ldm.launch import is_first, launch
 from ldm.models.block import compile_network
 from ldm.text.encoder import CLIPTokenized
-from ldm.training.callbacks.averages import AverageSnapshots
-from ldm.training.callbacks.nonfinite import SkipNonFinite
-from ldm.training.callbacks.saving import Checkpoints, ended_early
+from ldm.training.callbacks.saving import ended_early
 from ldm.training.distributed import processes
 from ldm.training.distributed.strategy import launched, opened
 from ldm.training.module import TrainedModule, is_beside
 from ldm.training.run.build import build_module, build_parts, weight_seed
 from ldm.training.run.captions import captions_read, refuse_unsaid
 from ldm.training.run.checkpoint_io import FolderCheckpointIO
-from ldm.training.run.directory import RunDirectory
+from ldm.training.run.directory import RunDirectory, WritesIntoRun
 from ldm.training.run.frozen import DTYPES, cast_frozen, keep_originals
 from ldm.training.run.job import Job, agree, remark_on_few, resolve
 from ldm.training.run.logging import RunLogger, StepLogger, last_metrics, silence_advertisements
@@ -139,13 +136,8 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
     trainer_node["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)  # true would add one
     previous = _resumed(directory)
     for callback in callbacks:
-        if isinstance(callback, Checkpoints):
-            callback.directory = directory.checkpoints
-            callback.on_saved = lambda step: directory.set_status("running", step)
-        if isinstance(callback, AverageSnapshots):
-            callback.directory = directory.path
-        if isinstance(callback, SkipNonFinite):
-            callback.on_skipped = partial(directory.event, "skip")
+        if isinstance(callback, WritesIntoRun):
+            callback.run_directory = directory
     io = FolderCheckpointIO(
         module.parts,
         module.trained_parts,
