@@ -1,6 +1,8 @@
-"""Numbers of the host on their way to a device."""
+"""Where numbers are: on the host, on a device, or cut into shares that processes hold."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,3 +18,33 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
 def beside(values: Tensor, like: Tensor) -> Tensor:
     """The same on the device, and in the dtype, of another tensor."""
     return on_device(values, like.device).to(like.dtype)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether this process holds only a share of it (FSDP2's DTensor, which takes half a second to import)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that processes hold shares of: they must ask together. Another one as it is."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; the same memory."""
+    return tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def laid_out_like(values: Tensor, like: Any) -> Tensor:
+    """A copy as another tensor is: on its device, in its memory layout, and cut into the same shares.
+
+    values: the whole, in every process, or shares like its.
+    """
+    if not is_shared(like) or is_shared(values):
+        return torch.empty_like(like, dtype=values.dtype).copy_(values)
+    from torch.distributed.tensor import DTensor
+
+    mesh, rows = like.device_mesh, values.chunk(like.device_mesh.size())
+    rank = mesh.get_local_rank()
+    mine = (rows[rank] if rank < len(rows) else values[:0]).to(like.device, copy=True)
+    return DTensor.from_local(mine, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())

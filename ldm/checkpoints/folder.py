@@ -1,7 +1,7 @@
 """Checkpoint folders: written whole or not at all, and enough to rebuild the module without anything else.
 
 step-00001000/  unet.safetensors  unet.ema.safetensors  vae.safetensors  text_encoder.safetensors ...
-                tokenizer/  state.pt  config.yaml  manifest.json
+                tokenizer/  state.pt  state/tensors.safetensors  config.yaml  manifest.json
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 
 from ldm.allowed import read_allowed
 from ldm.atomic import atomic_write, sync
+from ldm.checkpoints.state import FILE as STATE
+from ldm.checkpoints.state import parted
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES, State
 from ldm.formats.files.open import load
@@ -39,10 +41,24 @@ class Content:
 
     parts: Mapping[str, State]  # part name -> tensors
     averages: Mapping[str, State]  # part name -> averaged tensors of what is trained
-    state: dict[str, Any]  # plain data: optimizer, loops, callbacks
+    state: dict[str, Any]  # plain data and tensors: optimizer, loops, callbacks
     config: str  # resolved configuration, YAML
     frozen: tuple[str, ...] = ()  # parts that do not change: linked from the folder before
     save_tokenizer: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.state, self.of_state = parted(self.state)
+
+    def files(self) -> dict[str, State]:
+        """The files of tensors, in the order in which they are written."""
+        found = {f"{name}.safetensors": tensors for name, tensors in self.parts.items()}
+        found |= {f"{name}.ema.safetensors": tensors for name, tensors in self.averages.items()}
+        return found | ({STATE: self.of_state} if self.of_state else {})
+
+    def linked(self, previous: Path | None) -> list[str]:
+        """The files that the folder before has already."""
+        there = read_manifest(previous)["files"] if previous and self.frozen else {}
+        return [file for name in self.frozen if (file := f"{name}.safetensors") in there and name in self.parts]
 
 
 def write(folder: Path, content: Content, step: int, previous: Path | None = None) -> None:
@@ -51,16 +67,14 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     known: dict[str, Any] = {}
-    before = read_manifest(previous)["files"] if previous else {}
-    for name, tensors in content.parts.items():
-        file = f"{name}.safetensors"
-        if name in content.frozen and previous and file in before:
+    linked = content.linked(previous)
+    for file, tensors in content.files().items():
+        if previous is not None and file in linked:
             _link(previous / file, part / file)
-            known[file] = before[file]
+            known[file] = read_manifest(previous)["files"][file]
         else:
+            (part / file).parent.mkdir(exist_ok=True)
             save_tensors(tensors, part / file)
-    for name, tensors in content.averages.items():
-        save_tensors(tensors, part / f"{name}.ema.safetensors")
     if content.save_tokenizer is not None:
         content.save_tokenizer(part / "tokenizer")
     torch.save(content.state, part / "state.pt")
@@ -83,7 +97,7 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
 
 def with_averages(folder: Path, averages: Mapping[str, State], target: Path) -> None:
     """A checkpoint folder with other averaged weights, all else linked, to draw and evaluate with: it has no state."""
-    _derive(folder, lambda file: file != "state.pt" and not file.endswith(".ema.safetensors"), target, averages)
+    _derive(folder, lambda file: not file.startswith("state") and not file.endswith(".ema.safetensors"), target, averages)
 
 
 def _derive(

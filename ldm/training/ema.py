@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.averages import exponent
+from ldm.devices import is_shared, laid_out_like, local
 from ldm.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ class EMA:
 
         def beside(known: dict[str, Tensor]) -> dict[str, Tensor]:
             source = known if known.keys() == parameters.keys() else parameters
-            return {k: torch.empty_like(p).copy_(source[k]) for k, p in parameters.items()}
+            return {k: laid_out_like(source[k].detach(), p.detach()) for k, p in parameters.items()}
 
         self.shadow = beside(self.shadow)
         self.others = {name: beside(shadow) for name, shadow in self.others.items()}
@@ -43,9 +44,9 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: dict[str, nn.Parameter]) -> None:
         self.updates += 1
-        weights = [parameters[k].detach() for k in self.shadow]
+        weights = [local(parameters[k].detach()) for k in self.shadow]
         for decay, shadow in zip(self.decays(), self.shadows, strict=True):
-            torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
+            torch._foreach_lerp_([local(average) for average in shadow.values()], weights, 1 - decay)
 
     def decays(self) -> list[float]:
         """How much of each average stays at this update, the first of which is 1."""
@@ -62,20 +63,29 @@ class EMA:
         if not self.shadow:  # before training has begun
             yield
             return
-        trained = {k: p.data for k, p in parameters.items()}
         try:
-            for k, p in parameters.items():
-                p.data = self.shadow[k]
+            self._exchange(parameters)
             yield
         finally:
-            for k, p in parameters.items():
-                p.data = trained[k]
+            self._exchange(parameters)
+
+    @torch.no_grad()
+    def _exchange(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Weights become averages and averages weights. Shares stay where they are, for FSDP knows them by place."""
+        for name, p in parameters.items():
+            average = self.shadow[name]
+            if is_shared(p):
+                kept = local(p).clone()
+                local(p).copy_(local(average))
+                local(average).copy_(kept)
+            else:
+                self.shadow[name], p.data = p.data, average
 
     def state(self) -> dict[str, Tensor]:
         return {k: v.detach() for k, v in self.shadow.items()}
 
     def load(self, shadow: dict[str, Tensor], updates: int) -> None:
-        self.shadow, self.updates = {k: v.clone() for k, v in shadow.items()}, updates
+        self.shadow, self.updates = dict(shadow), updates  # `start` copies them
 
     def more_state(self) -> dict[str, dict[str, Tensor]]:
         """Averages beside the one that is used."""
@@ -83,7 +93,7 @@ class EMA:
 
     def load_more(self, others: dict[str, dict[str, Tensor]]) -> None:
         """What `more_state` gave."""
-        self.others = {name: {k: v.clone() for k, v in others.get(name, {}).items()} for name in self.others}
+        self.others = {name: dict(others.get(name, {})) for name in self.others}
 
 
 class PowerEMA(EMA):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.devices import laid_out_like, whole
 from ldm.errors import ConfigError
 from ldm.training.distributed import processes
 from ldm.training.ema import EMA
@@ -170,6 +171,7 @@ class TrainedModule(L.LightningModule):
         optimizer = self.optimizer(list(self.trained_parameters().items()))
         for start, lr in self.learning_rates().items():
             _set_rate(optimizer, {p for name, p in self.named_parameters() if name.startswith(start)}, lr)
+        optimizer.register_load_state_dict_pre_hook(_beside_weights)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler or (lambda step: 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -180,7 +182,7 @@ class TrainedModule(L.LightningModule):
 
     def gradient_norm(self) -> Tensor:
         """() of all gradients together, on their device: equal in all processes before a step, whose sums they are."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
 
     @property
     def is_scaled(self) -> bool:
@@ -234,6 +236,21 @@ class TrainedModule(L.LightningModule):
         if self.ema is not None:
             self.ema.load(checkpoint["ema"], checkpoint["ema_updates"])
             self.ema.load_more(checkpoint.get("ema_others", {}))
+
+
+def _beside_weights(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state in memory of its own, each tensor laid out and cut as its weight is: fused steps rely on that."""
+
+    def beside(value: Any, weight: nn.Parameter) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return laid_out_like(value, weight.detach()) if value.shape == weight.shape else value.clone()
+
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    by_number = dict(zip(numbers, weights, strict=False))  # torch says it where they are not equally many
+    held = {n: {k: beside(v, by_number[n]) for k, v in kept.items()} for n, kept in state["state"].items()}
+    return {**state, "state": held}
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], lr: float) -> None:

@@ -94,8 +94,8 @@ class Killed(BaseException):
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Digest of every weight file and of the optimizer state of a checkpoint folder."""
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*.safetensors"))}
+    found = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+    assert "state/tensors.safetensors" in found  # the optimizer's
     state = torch.load(folder / "state.pt", weights_only=True)
-    optimizer = [v for entry in state["optimizer_states"][0]["state"].values() for v in entry.values()]
-    joined = b"".join(t.numpy().tobytes() for t in optimizer)
-    return {**found, "optimizer": hashlib.sha256(joined).hexdigest(), "ema_updates": str(state.get("ema_updates"))}
+    return {**found, "ema_updates": str(state.get("ema_updates"))}

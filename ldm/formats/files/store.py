@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.devices import whole
 from ldm.errors import NotFinite
 
 _CODES = {  # in the library's order
@@ -34,13 +35,14 @@ def save_tensors(
 ) -> None:
     """Writes the bytes that `safetensors.torch.save_file` writes; tensors may share memory or lie on a device.
 
+    Of those that processes hold shares of, one after another is put together, by `gather` in the other processes.
+
     The layout: 8 bytes with the header's length, the header as JSON padded to 8 bytes, the numbers. Wide types stand
     first, so that all are aligned. Metadata keep their order, which that function's do not. NotFinite for numbers that
     `dtype` cannot hold; with None they are written as they are.
     """
     kinds = {k: dtype if dtype is not None and v.is_floating_point() else v.dtype for k, v in tensors.items()}
-    order = list(_CODES)
-    names = sorted(tensors, key=lambda k: (order.index(kinds[k]), k))
+    names = _order(kinds)
     header: dict[str, object] = {} if not metadata else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
@@ -53,9 +55,25 @@ def save_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            tensor = tensors[name].detach()
+            tensor = whole(tensors[name].detach())
             tensor = (tensor.to("cpu") if dtype is None else cast(tensor, dtype, called + name)).contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def is_storable(tensor: Tensor) -> bool:
+    """Whether a file can hold it: not sparse or complex ones, and no type that is not known here."""
+    return tensor.layout is torch.strided and tensor.dtype in _CODES
+
+
+def gather(tensors: Mapping[str, Tensor]) -> None:
+    """What a process does that holds shares of the tensors while the first one writes them with `save_tensors`."""
+    for name in _order({name: tensor.dtype for name, tensor in tensors.items()}):
+        whole(tensors[name].detach())
+
+
+def _order(kinds: Mapping[str, torch.dtype]) -> list[str]:
+    order = list(_CODES)
+    return sorted(kinds, key=lambda name: (order.index(kinds[name]), name))
 
 
 def finite(tensor: Tensor) -> bool:

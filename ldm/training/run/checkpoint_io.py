@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ldm.checkpoints.folder import Content, State, load_parts, write
+from ldm.checkpoints.state import FILE as STATE
+from ldm.checkpoints.state import joined
 from ldm.errors import ConfigError
 from ldm.formats.files import torch_file
 from ldm.formats.files.open import load
@@ -47,7 +49,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
         folder = Path(path)
-        checkpoint = _read_state(folder / "state.pt")
+        checkpoint = _read_state(folder)
         raw = load_parts(folder, weights="raw")
         checkpoint["state_dict"] = {f"{self.parts[p]}.{k}": v for p, tensors in raw.items() for k, v in tensors.items()}
         averages = {}
@@ -71,12 +73,16 @@ _STATE = {  # what Lightning resumes from
 }
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote of a trainer, its tensors in memory of their own. ConfigError for anything else."""
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What was written of a trainer. ConfigError for anything else.
+
+    Its tensors are in the file as long as nobody touches them: a process takes the shares that it needs.
+    """
+    path, tensors = folder / "state.pt", folder / STATE
     state = torch_file.unpickled(path)
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in _STATE.items()):
         raise ConfigError(f"{path} is no trainer's state: the folder was put together by hand. Use another step.")
-    return tree_map_only(Tensor, Tensor.clone, state)
+    return joined(state, load(tensors).tensors) if tensors.is_file() else state
 
 
 def under(tensors: State, attribute: str) -> State:
