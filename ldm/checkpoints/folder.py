@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ldm.checkpoints.state import parted
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES, State
 from ldm.formats.files.open import load
-from ldm.formats.files.store import save_tensors
+from ldm.formats.files.store import gather, save_tensors
 from ldm.untrusted import read_json, shown, whole
 
 FORMAT = 1
@@ -59,6 +59,12 @@ class Content:
         """The files that the folder before has already."""
         there = read_manifest(previous)["files"] if previous and self.frozen else {}
         return [file for name in self.frozen if (file := f"{name}.safetensors") in there and name in self.parts]
+
+    def gather(self, linked: Collection[str]) -> None:
+        """What the other processes do while the first one writes what they hold shares of."""
+        for file, tensors in self.files().items():
+            if file not in linked:
+                gather(tensors)
 
 
 def write(folder: Path, content: Content, step: int, previous: Path | None = None) -> None:
@@ -97,7 +103,9 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
 
 def with_averages(folder: Path, averages: Mapping[str, State], target: Path) -> None:
     """A checkpoint folder with other averaged weights, all else linked, to draw and evaluate with: it has no state."""
-    _derive(folder, lambda file: not file.startswith("state") and not file.endswith(".ema.safetensors"), target, averages)
+    _derive(
+        folder, lambda file: not file.startswith("state") and not file.endswith(".ema.safetensors"), target, averages
+    )
 
 
 def _derive(

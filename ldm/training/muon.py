@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.devices import is_shared, laid_out_like, whole
 from ldm.errors import ConfigError
 
 # Five steps of this quintic bring singular values from (0, 1] to about 0.7 to 1.2 (Jordan et al. 2024): it trades
@@ -76,14 +77,16 @@ class Muon(torch.optim.AdamW):
                 state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
             state["step"] += 1
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp_(state["momentum"], group["momentum"]).flatten(1)  # Nesterov's look ahead
+            # Nesterov's look ahead; of a weight in shares each process makes the whole update, and takes its rows.
+            update = whole(p.grad.lerp_(state["momentum"], group["momentum"])).flatten(1)
             p.grad = None  # AdamW passes over weights without gradient
-            by_shape[tuple(update.shape)].append((p, update))
+            by_shape[(update.shape[0], update.shape[1])].append((p, update))
         for (rows, columns), members in by_shape.items():
             directions = orthogonal(torch.stack([update for _, update in members]))
             for (p, _), direction in zip(members, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.view_as(p), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+                direction = laid_out_like(direction.view(p.shape), p) if is_shared(p) else direction.view_as(p)
+                p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
 
 
 def state_bytes(named: Iterable[tuple[str, nn.Parameter]], adamw: Sequence[str] = ()) -> int:

@@ -41,7 +41,7 @@ def save_tensors(
     first, so that all are aligned. Metadata keep their order, which that function's do not. NotFinite for numbers that
     `dtype` cannot hold; with None they are written as they are.
     """
-    kinds = {k: dtype if dtype is not None and v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    kinds = _kinds(tensors, dtype)
     names = _order(kinds)
     header: dict[str, object] = {} if not metadata else {"__metadata__": dict(metadata)}
     end = 0
@@ -65,10 +65,15 @@ def is_storable(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.dtype in _CODES
 
 
-def gather(tensors: Mapping[str, Tensor]) -> None:
+def gather(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """What a process does that holds shares of the tensors while the first one writes them with `save_tensors`."""
-    for name in _order({name: tensor.dtype for name, tensor in tensors.items()}):
+    for name in _order(_kinds(tensors, dtype)):
         whole(tensors[name].detach())
+
+
+def _kinds(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """In which type each is written."""
+    return {k: dtype if dtype is not None and v.is_floating_point() else v.dtype for k, v in tensors.items()}
 
 
 def _order(kinds: Mapping[str, torch.dtype]) -> list[str]:

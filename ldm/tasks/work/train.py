@@ -23,7 +23,7 @@ from ldm.tasks.work.runs import trained
 from ldm.tasks.work.stages import Stages
 from ldm.training.distributed import processes
 from ldm.training.distributed.hosts import check_hosts
-from ldm.training.distributed.strategy import check_trainer, timeout_of
+from ldm.training.distributed.strategy import check_shares, check_trainer, timeout_of
 from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, refuse_unsaid
 
@@ -37,6 +37,7 @@ def train(config: DictConfig) -> dict[str, float]:
     settle_sampling(config)
     check(config)
     check_trainer(plain(config.trainer))
+    check_shares(plain(config))
     with processes.together(timeout_of(plain(config.trainer))):
         check_hosts(plain(config))
         return _train(config)

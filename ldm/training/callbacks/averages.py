@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 
 from ldm.checkpoints.averages import write_snapshot
+from ldm.formats.files.store import gather
 from ldm.training.ema import PowerEMA
 from ldm.training.module import TrainedModule, is_due
 from ldm.training.run.checkpoint_io import under
@@ -34,9 +35,11 @@ class AverageSnapshots(WritesIntoRun, L.Callback):
         if not isinstance(ema, PowerEMA) or not is_due(trainer, batch_idx, self.every_n_steps):
             return
         pl_module.read_losses()  # of a run that has diverged nothing is written
-        if trainer.is_global_zero:
-            run = Path(".") if self.run_directory is None else self.run_directory.path
-            for length, shadow in zip(ema.lengths, ema.shadows, strict=True):
-                parts = {part: under(shadow, pl_module.parts[part]) for part in pl_module.trained_parts}
-                named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        run = Path(".") if self.run_directory is None else self.run_directory.path
+        for length, shadow in zip(ema.lengths, ema.shadows, strict=True):
+            parts = {part: under(shadow, pl_module.parts[part]) for part in pl_module.trained_parts}
+            named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+            if trainer.is_global_zero:
                 write_snapshot(run, trainer.global_step, length, named, self.dtype)
+            else:
+                gather(named, self.dtype)

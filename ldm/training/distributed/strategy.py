@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -96,12 +96,28 @@ def check_strategy(trainer: dict[str, Any]) -> str:
     strategy = trainer.get("strategy", "auto")
     target = strategy.get("_target_", "") if isinstance(strategy, dict) else ""
     name = target.rsplit(".", 1)[-1] if target else strategy
-    if name not in (*WHOLE, "DataParallel", "DDPStrategy", "SingleDeviceStrategy"):
+    if name not in (*WHOLE, "DataParallel", "Sharded", "DDPStrategy", "SingleDeviceStrategy"):
         raise ConfigError(
-            f"trainer.strategy={name}: every process holds the whole model here, and so do averages and checkpoints: "
-            f"strategies that cut it up, or start processes, are not supported. {TORCHRUN}; task=plan says what fits."
+            f"trainer.strategy={name}: checkpoints and averages know whole models (trainer=ddp) and models in shares "
+            f"(trainer=fsdp), and no other strategy. {TORCHRUN}; task=plan says what fits."
         )
     return name
+
+
+def check_shares(config: Mapping[str, Any]) -> None:
+    """ConfigError for what cannot be trained in shares (trainer=fsdp)."""
+    trainer = config["trainer"]
+    if check_strategy(trainer) != "Sharded":
+        return
+    precision, gathered = trainer.get("precision"), trainer["strategy"].get("gather_dtype", "float32")
+    if precision == "16-mixed" or (gathered == "bfloat16" and precision != "bf16-mixed"):
+        why = "losses are not scaled in shares" if precision == "16-mixed" else "bfloat16 weights need bf16-mixed"
+        raise ConfigError(f"trainer.precision={precision} with trainer=fsdp: {why}. Use trainer.precision=bf16-mixed.")
+    if config.get("adapter"):
+        raise ConfigError(
+            f"adapter=[{','.join(config['adapter'])}] with trainer=fsdp: it cuts what is trained, and adapters are "
+            "small. Use trainer=ddp, and frozen_dtype=bfloat16 where the model beneath them is too large."
+        )
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ldm.checkpoints.folder import Content, State, load_parts, write
 from ldm.checkpoints.state import FILE as STATE
@@ -34,9 +32,17 @@ class FolderCheckpointIO(CheckpointIO):
         self.save_tokenizer, self.previous = save_tokenizer, previous
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.write(self.content(checkpoint), path)
+
+    def write(self, content: Content, path: Any) -> None:
+        write(Path(path), content, content.state["global_step"], self.previous)
+        self.previous = Path(path)
+
+    def content(self, checkpoint: dict[str, Any]) -> Content:
+        """What goes into the folder."""
         state = dict(checkpoint)
         tensors, averages = state.pop("state_dict"), state.pop("ema", {})
-        content = Content(
+        return Content(
             parts={part: under(tensors, attribute) for part, attribute in self.parts.items()},
             averages={p: under(averages, self.parts[p]) for p in self.trained} if averages else {},
             state=state,
@@ -44,8 +50,6 @@ class FolderCheckpointIO(CheckpointIO):
             frozen=tuple(p for p in self.parts if p not in self.trained),
             save_tokenizer=self.save_tokenizer,
         )
-        write(Path(path), content, state["global_step"], self.previous)
-        self.previous = Path(path)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
         folder = Path(path)
