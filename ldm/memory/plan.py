@@ -14,10 +14,12 @@ from ldm.config.check import module_kind
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.memory.meta_step import GPUKernels, LiveBytes, backward
+from ldm.models.block import blocks_of
 from ldm.sampling import DECODED_AT_ONCE
 from ldm.text.encoder import CLIPTokenized
 from ldm.text.tokenizer import build_tokenizer
 from ldm.training import adamw8bit, muon
+from ldm.training.distributed.strategy import check_shares, check_strategy, gathered_in
 from ldm.training.latent_diffusion import LatentDiffusion
 from ldm.training.run.build import build_module, build_parts
 from ldm.training.run.frozen import DTYPES, cast_frozen, check_frozen_dtype
@@ -39,7 +41,7 @@ class Part:
 class Plan:
     """Bytes on one process' GPU. The phases of a step follow each other: the largest of them counts.
 
-    Gradients are part of the phases that they live in.
+    Gradients are part of the phases that they live in. With trainer=fsdp all that is trained is a process's share.
     """
 
     parts: list[Part]
@@ -70,14 +72,26 @@ def plan(config: Mapping[str, Any]) -> Plan:
     attach_adapters(config, parts, {"unet": dict(parts.network.state_dict())})
     module = build_module(config, parts)
     assert isinstance(module, LatentDiffusion)
-    trained = module.trained_parameters()
+    trained, shares = module.trained_parameters(), _shares(config)
+    held = sum(p.nbytes for p in trained.values()) // shares
+    found = [_part(name, module.get_submodule(attribute)) for name, attribute in module.parts.items()]
+    for part in found if shares > 1 else []:
+        part.bytes = part.bytes // shares if part.name in module.trained_parts else part.bytes
     return Plan(
-        [_part(name, module.get_submodule(attribute)) for name, attribute in module.parts.items()],
-        gradients=sum(p.nbytes for p in trained.values()),
-        optimizer=optimizer_bytes(config["optimizer"], trained),
-        average=sum(p.nbytes for p in trained.values()) if config["ema"] else 0,
-        phases=_phases(config, module, half),
+        found,
+        gradients=held,
+        optimizer=optimizer_bytes(config["optimizer"], trained) // shares,
+        average=held * len(config["ema"].get("lengths", [0])) if config["ema"] else 0,
+        phases=_phases(config, module, half, shares),
     )
+
+
+def _shares(config: Mapping[str, Any]) -> int:
+    """Among how many processes what is trained is cut."""
+    if check_strategy(config["trainer"]) != "Sharded":
+        return 1
+    check_shares(config)
+    return int(config["processes"])
 
 
 def _checked(config: Mapping[str, Any]) -> torch.dtype | None:
@@ -112,7 +126,9 @@ def optimizer_bytes(node: Mapping[str, Any], trained: Mapping[str, nn.Parameter]
     raise ConfigError(f"task=plan does not know what {target} keeps: choose optimizer=adamw, adamw8bit or muon.")
 
 
-def _phases(config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtype | None) -> dict[str, int]:
+def _phases(
+    config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtype | None, shares: int
+) -> dict[str, int]:
     """The most that lives during each phase beside weights, gradients, optimizer and average."""
     size, batch = config["image_size"], config["batch_size"]
     factor, phases = module.autoencoder.factor, {}
@@ -125,17 +141,30 @@ def _phases(config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtyp
     if not cached or module.masks is not None:
         images = torch.empty(batch, 3, size, size, device="meta")
         phases["pictures to latents"] = _peak(lambda: module.autoencoder.encode(images), half) + images.nbytes
+    gradients, travels = sum(p.nbytes for p in module.trained_parameters().values()) // shares, ""
+    if shares > 1:
+        travels = gathered_in(str(config["trainer"]["precision"]), config["trainer"]["strategy"].get("gather_dtype"))
+        module.model.to(DTYPES[travels])  # what travels so is not cast, and no cast is kept
     forward, both = _step(module, batch, size, config["noises_per_image"], half)
-    if config["accumulate"] > 1:  # the gradients of the micro-batches before are there
-        gradients = sum(p.nbytes for p in module.trained_parameters().values())
+    if shares > 1:
+        both = forward + gradients + gathered(module.model, travels)
+    elif config["accumulate"] > 1:  # the gradients of the micro-batches before are there
         phases = {name: peak + gradients for name, peak in phases.items()}
         both = max(both, forward + gradients)
     phases["loss and its gradients"] = both
-    drawn = min(_pictures(config["callbacks"] or {}), max(1, DECODED_AT_ONCE // size**2))
-    if drawn:  # by callbacks, which autocast does not reach
+    drawn = min(-(-_pictures(config["callbacks"] or {}) // config["processes"]), max(1, DECODED_AT_ONCE // size**2))
+    if drawn:
         z = torch.empty(_latents(module, drawn, size), device="meta")
-        phases[f"{drawn} pictures decoded"] = _peak(lambda: module.autoencoder.decode(z), None)
+        phases[f"{drawn} pictures decoded"] = _peak(lambda: module.autoencoder.decode(z), half)
     return phases
+
+
+def gathered(network: nn.Module, dtype: str) -> int:
+    """The most that stands together beside the shares: a network's weights outside of its blocks, and of the largest
+    block its weights, the next one's and the buffer that they come in, its gradients and the buffer that they go in."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
+    outside, largest = sum(p.numel() for p in network.parameters()) - sum(blocks), max(blocks, default=0)
+    return (outside + 3 * largest) * DTYPES[dtype].itemsize + 2 * largest * torch.float32.itemsize
 
 
 def _pictures(callbacks: Mapping[str, Any]) -> int:

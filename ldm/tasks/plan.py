@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from omegaconf import DictConfig
 
-from ldm.config.keys import Output
+from ldm.config.keys import Output, key
 from ldm.tasks.train import Train
 
 
 @dataclass
 class Plan(Output, Train):
+    processes: int = key(1, "how many train together, and share pictures and, with trainer=fsdp, the model", least=1)
+
     in_every_process: ClassVar[bool] = False
 
     @staticmethod

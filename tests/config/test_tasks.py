@@ -130,7 +130,7 @@ def test_what_a_training_task_adds_decides_its_runs_and_no_others(own):
 def test_every_key_says_what_it_is_and_its_default_may_be():
     for name, key in schema().items():
         assert key.about["help"] and key.problem(key.default) is None, name
-    assert set(keys_of(tasks()["plan"])) == {*keys_of(tasks()["train"]), "output"}
+    assert set(keys_of(tasks()["plan"])) == {*keys_of(tasks()["train"]), "output", "processes"}
     assert all(set(keys_of(Task)) <= set(keys_of(kind)) for kind in tasks().values())
     assert next(iter(tasks())) == "train"
     with pytest.raises(ConfigError, match="Did you mean 'prompt'"):

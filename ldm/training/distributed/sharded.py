@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import register_pytree_node
 
@@ -16,7 +16,7 @@ from ldm.diffusion.condition import Condition
 from ldm.models.block import blocks_of
 from ldm.training.distributed import processes
 from ldm.training.distributed.processes import TIMEOUT
-from ldm.training.distributed.strategy import DataParallel
+from ldm.training.distributed.strategy import DataParallel, gathered_in
 from ldm.training.module import TrainedModule
 from ldm.training.run.checkpoint_io import FolderCheckpointIO
 
@@ -27,32 +27,21 @@ class Sharded(DataParallel):
     Cut are the parts that a run trains, block by block; what is frozen, and autoencoders, are whole in each process.
     Every micro-batch's gradients are summed at once, so that no process ever holds all of them.
     timeout: as in `DataParallel`.
-    gather_dtype: in which weights travel: bfloat16 halves the traffic, and is what bf16-mixed computes with anyway.
+    gather_dtype: in which weights travel and compute; null: bfloat16 with precision=bf16-mixed, else float32. There,
+        float32 weights would be cast by autocast, and the casts of the whole model kept for the backward pass.
     """
 
-    def __init__(self, timeout: float = TIMEOUT, gather_dtype: Literal["float32", "bfloat16"] = "float32"):
+    def __init__(self, timeout: float = TIMEOUT, gather_dtype: Literal["float32", "bfloat16"] | None = None):
         super().__init__(timeout)
         self.gather_dtype = gather_dtype
 
     def model_to_device(self) -> None:
         """Cuts the model, then moves the rest: of what is cut, no device ever holds more than a block and its share."""
-        for part in cut_parts(self.lightning_module):  # type: ignore[arg-type]
-            self._cut(part)
-        super().model_to_device()
-
-    def _cut(self, part: nn.Module) -> None:
-        for p in part.parameters():
-            p.data = p.data.contiguous()  # FSDP2 knows no other layout
+        dtype = gathered_in(str(self.precision_plugin.precision), self.gather_dtype)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        # Inputs keep their dtype: times and noise levels do not survive bfloat16.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self.gather_dtype == "bfloat16" else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        for module in [*(b for b in blocks_of(part) if b is not part), part]:
-            # Dropped after each forward pass, the outermost's too: averages are put in their place for validation.
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for part in cut_parts(self.lightning_module):  # type: ignore[arg-type]
+            cut(part, mesh, None if dtype == "float32" else torch.bfloat16)
+        super().model_to_device()
 
     def configure_ddp(self) -> None:
         """Autoencoders go the way of `DataParallel`; what is cut exchanges its gradients by itself."""
@@ -69,6 +58,17 @@ class Sharded(DataParallel):
             io.write(content, filepath)
         else:
             content.gather(linked)
+
+
+def cut(part: nn.Module, mesh: DeviceMesh, gather_dtype: torch.dtype | None = None) -> None:
+    """Cuts a module's parameters over processes, block by block, in place."""
+    for p in part.parameters():
+        p.data = p.data.contiguous()  # FSDP2 knows no other layout
+    # Inputs keep their dtype: times and noise levels do not survive bfloat16.
+    policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in [*(b for b in blocks_of(part) if b is not part), part]:
+        # Dropped after each forward pass, the outermost's too: averages are put in their place for validation.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def cut_parts(module: L.LightningModule) -> list[nn.Module]:

@@ -104,12 +104,18 @@ def check_strategy(trainer: dict[str, Any]) -> str:
     return name
 
 
+def gathered_in(precision: str, gather_dtype: str | None) -> str:
+    """The type in which weights in shares travel: what is asked for, else what the precision computes in."""
+    return gather_dtype or ("bfloat16" if precision == "bf16-mixed" else "float32")
+
+
 def check_shares(config: Mapping[str, Any]) -> None:
     """ConfigError for what cannot be trained in shares (trainer=fsdp)."""
     trainer = config["trainer"]
     if check_strategy(trainer) != "Sharded":
         return
-    precision, gathered = trainer.get("precision"), trainer["strategy"].get("gather_dtype", "float32")
+    precision = str(trainer.get("precision"))
+    gathered = gathered_in(precision, trainer["strategy"].get("gather_dtype"))
     if precision == "16-mixed" or (gathered == "bfloat16" and precision != "bf16-mixed"):
         why = "losses are not scaled in shares" if precision == "16-mixed" else "bfloat16 weights need bf16-mixed"
         raise ConfigError(f"trainer.precision={precision} with trainer=fsdp: {why}. Use trainer.precision=bf16-mixed.")
