@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ class Content:
         """The files that the folder before has already."""
         there = read_manifest(previous)["files"] if previous and self.frozen else {}
         return [file for name in self.frozen if (file := f"{name}.safetensors") in there and name in self.parts]
+
+    def take_copies(self, copy: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """From here on what is written is copies, as all is now: of what training changes."""
+
+        def copied(file: str, tensors: State) -> State:
+            return {name: copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()}
+
+        self.parts = {n: t if n in self.frozen else copied(n, t) for n, t in self.parts.items()}
+        self.averages = {n: copied(f"{n}.ema", t) for n, t in self.averages.items()}
+        self.of_state = copied(STATE, self.of_state)
+        self.state = deepcopy(self.state)
 
     def gather(self, linked: Collection[str]) -> None:
         """What the other processes do while the first one writes what they hold shares of."""

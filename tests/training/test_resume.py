@@ -1,17 +1,26 @@
 """A run that was killed and started again is the run that was not: losses, weights, averages, batches, bit for bit."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
+import time
 
 import pytest
+import torch
 from commands import metrics, start, wait_for
+from safetensors.torch import load_file
 from tiny_training import Killed, Spy, config, fingerprint, make_data, train_watched
 
-from ldm.checkpoints.folder import all_folders
+from ldm.checkpoints.folder import all_folders, verify
+from ldm.checkpoints.state import FILE as STATE
+from ldm.checkpoints.state import joined
 from ldm.training.callbacks.saving import Interrupted
+from ldm.training.run import checkpoint_io
 from ldm.training.run.checkpoint_io import FolderCheckpointIO
 from ldm.training.run.directory import RunDirectory
 
@@ -194,3 +203,80 @@ def test_a_disk_that_is_full_is_what_is_told(data, tmp_path, monkeypatch):
     monkeypatch.setattr(RunDirectory, "set_status", status)
     with pytest.raises(OSError, match="full"):
         run(tmp_path / "run", data, monkeypatch, Spy(), "max_steps=1")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Checkpoints take many steps to write; the names of the threads that wrote them."""
+    original, seen = checkpoint_io.write, []
+
+    def slow(folder, *args):
+        seen.append(threading.current_thread().name)
+        time.sleep(0.5)
+        original(folder, *args)
+
+    monkeypatch.setattr(checkpoint_io, "write", slow)
+    return seen
+
+
+def test_a_checkpoint_written_in_the_background_is_of_its_step(data, uninterrupted, slow_disk, tmp_path, monkeypatch):
+    """Training is many steps on when it is written; all of them stay, whole, with the numbers of their steps."""
+    keep = ["callbacks.checkpoints.keep_last=null", "callbacks.validation=null", "callbacks.samples=null"]
+    keep += ["callbacks.jump_to_x0=null"]
+    for name, where in (("there", "true"), ("here", "false")):
+        run(tmp_path / name, data, monkeypatch, Spy(), *keep, f"callbacks.checkpoints.in_background={where}")
+    assert [name.startswith("checkpoint") for name in slow_disk] == [True] * 4 + [False] * 4
+    there, here = (all_folders(tmp_path / name) for name in ("there", "here"))
+    assert [f.name for f in there] == [f.name for f in here] and len(there) == 4
+    assert [fingerprint(f) for f in there] == [fingerprint(f) for f in here]
+    assert all(verify(f) is None for f in there)
+
+
+@pytest.mark.slow
+def test_what_fails_in_the_background_ends_the_run_and_leaves_what_is_good(data, tmp_path, monkeypatch):
+    """No step after the next, no older checkpoint removed for one that is not there; then it goes on."""
+    original, steps = checkpoint_io.write, []
+
+    def full(folder, *args):
+        if folder.name == "step-00000006":
+            folder.with_name(folder.name + ".part").mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, *args)
+
+    class Count(Spy):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            steps.append(trainer.global_step)
+            time.sleep(0.2)  # the thread is that quick
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "run", data, monkeypatch, Count(), "callbacks.checkpoints.keep_last=1")
+    assert steps[-1] <= 7
+    assert [f.name for f in all_folders(tmp_path / "run")] == ["step-00000003"]
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "stopped"
+    again = Spy()
+    run(tmp_path / "run", data, monkeypatch, again, "callbacks.checkpoints.keep_last=1")
+    assert again.keys[0][0] == 3 and [f.name for f in all_folders(tmp_path / "run")] == ["step-00000012"]
+    assert not list((tmp_path / "run/checkpoints").glob("*.part"))
+
+
+@pytest.mark.slow
+def test_an_optimizer_in_state_pt_goes_on(data, uninterrupted, tmp_path, monkeypatch):
+    """As it stood there before its tensors had a file of their own."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", data, monkeypatch, Spy(die_at=("batch_start", 6)))
+    folder = all_folders(tmp_path / "run")[-1]
+    state = joined(torch.load(folder / "state.pt", weights_only=True), load_file(folder / STATE))
+    shutil.rmtree(folder / "state")
+    torch.save(state, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][STATE]
+    manifest["files"]["state.pt"] = {
+        "bytes": (folder / "state.pt").stat().st_size,
+        "sha256": hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run(tmp_path / "run", data, monkeypatch, Spy())
+    whole = all_folders(uninterrupted[0])[-1]
+    assert fingerprint(all_folders(tmp_path / "run")[-1]) == fingerprint(whole)

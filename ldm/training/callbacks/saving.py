@@ -17,6 +17,7 @@ from ldm.errors import ConfigError
 from ldm.launch import STARTED
 from ldm.training.distributed import collectives
 from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step, stopped_early
+from ldm.training.run.checkpoint_io import FolderCheckpointIO
 from ldm.training.run.directory import WritesIntoRun
 
 OUT_OF_TIME = 1  # beside the signals' numbers, and below those that are listened to
@@ -48,6 +49,9 @@ class Checkpoints(WritesIntoRun, Checkpoint):
     are read before: nothing is saved of a run whose loss is no longer a number.
     keep_last: how many checkpoint folders stay; None keeps all.
     signals_every_n_steps: how often several processes ask one another for signals; one alone looks after every step.
+    in_background: copies are taken, and a thread writes them while training goes on; false: training waits. Under
+        trainer=fsdp, where no process has all, it waits. What is written is the same, and so is what survives a kill:
+        a checkpoint counts once it is whole, older ones go after that.
     max_hours: since this process started, stages and arms before this run included; then it stops as by a signal.
     """
 
@@ -58,12 +62,13 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         every_n_steps: int = 1000,
         keep_last: int | None = 2,
         signals_every_n_steps: int = 5,
+        in_background: bool = True,
         max_hours: float | None = None,
     ):
         if signals_every_n_steps < 1:
             raise ConfigError(f"callbacks.checkpoints.signals_every_n_steps={signals_every_n_steps}: at least 1.")
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
-        self.signals_every_n_steps, self.max_hours = signals_every_n_steps, max_hours
+        self.signals_every_n_steps, self.in_background, self.max_hours = signals_every_n_steps, in_background, max_hours
         self._signal = 0
         self._saved = 0  # the step
         self._complete = False  # the newest checkpoint is the run's end, before max_steps
@@ -75,6 +80,9 @@ class Checkpoints(WritesIntoRun, Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
+        self._io = trainer.strategy.checkpoint_io
+        if isinstance(self._io, FolderCheckpointIO):
+            self._io.in_background = self.in_background
         trainer.should_stop = trainer.should_stop or self._complete
         # The handler only sets a flag: collectives inside handlers deadlock when one rank alone gets the signal.
         if threading.current_thread() is threading.main_thread():
@@ -91,14 +99,18 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         asks = due or collectives.size() == 1 or step % self.signals_every_n_steps == 0
         # The signal that any process has had: all stop at the same step.
         number = collectives.highest(self._signal or self._out_of_time()) if asks else 0
+        if isinstance(self._io, FolderCheckpointIO):
+            self._io.check()  # a full disk ends the run at the next step
         if number or due:
             folder = self._save(trainer)
             if number:  # after the last step too: what would come after this run must not start
+                self._wait()
                 raise Interrupted(number, step, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._saved:  # stopped at the end of an epoch, after the last batch's hooks
             self._save(trainer)
+        self._wait()
         self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -117,10 +129,22 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         folder = self.directory / folder_name(self._saved)
         trainer.save_checkpoint(folder)
         if trainer.is_global_zero:
-            self._prune()
-            if self.run_directory is not None:
-                self.run_directory.set_status("running", self._saved)
+            step = self._saved
+
+            def written() -> None:
+                self._prune()
+                if self.run_directory is not None:
+                    self.run_directory.set_status("running", step)
+
+            if isinstance(self._io, FolderCheckpointIO):
+                self._io.afterwards(written)
+            else:
+                written()
         return folder
+
+    def _wait(self) -> None:
+        if isinstance(self._io, FolderCheckpointIO):
+            self._io.wait()
 
     def _out_of_time(self) -> int:
         return OUT_OF_TIME if self.max_hours is not None and time.monotonic() - STARTED > 3600 * self.max_hours else 0

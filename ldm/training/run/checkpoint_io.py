@@ -15,10 +15,16 @@ from ldm.checkpoints.state import joined
 from ldm.errors import ConfigError
 from ldm.formats.files import torch_file
 from ldm.formats.files.open import load
+from ldm.training.run.background import Background, Copies
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint dictionary as a checkpoint folder, and back."""
+    """Lightning's checkpoint dictionary as a checkpoint folder, and back.
+
+    in_background: `save_checkpoint` copies, and a thread writes; `check` and `wait` raise what failed there.
+    """
+
+    in_background = False
 
     def __init__(
         self,
@@ -30,9 +36,34 @@ class FolderCheckpointIO(CheckpointIO):
     ):
         self.parts, self.trained, self.config = parts, trained, config
         self.save_tokenizer, self.previous = save_tokenizer, previous
+        self._background, self._copies = Background(), Copies()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.write(self.content(checkpoint), path)
+        content = self.content(checkpoint)
+        if not self.in_background:
+            self.write(content, path)
+            return
+        self.wait()  # for the one before: there is one set of copies
+        content.take_copies(self._copies.take)
+
+        def write_copies() -> None:
+            self._copies.wait()
+            self.write(content, path)
+
+        self._background.submit(write_copies)
+
+    def afterwards(self, act: Callable[[], None]) -> None:
+        """Once what was saved last is written, and only then."""
+        if self.in_background:
+            self._background.submit(act)
+        else:
+            act()
+
+    def check(self) -> None:
+        self._background.check()
+
+    def wait(self) -> None:
+        self._background.wait()
 
     def write(self, content: Content, path: Any) -> None:
         write(Path(path), content, content.state["global_step"], self.previous)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,8 @@ def fit(job: Job, module: TrainedModule, directory: RunDirectory) -> Finished:
         with opened(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=str(previous) if previous else None)
     except BaseException as error:
+        with suppress(Exception):  # of what a thread still writes; the error is told already
+            io.wait()
         if first:
             with suppress(OSError):  # a full disk takes these neither; it is the first error that is told
                 directory.set_status("stopped", trainer.global_step, reason=f"{type(error).__name__}: {error}"[:500])
@@ -187,6 +190,8 @@ def _resumed(directory: RunDirectory) -> Path | None:
 
     def found() -> str | None:
         directory.open()
+        for left in directory.checkpoints.glob("*.part"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         folder = newest(directory.path, lambda text: print(f"warning: {text}", flush=True))
         return str(folder) if folder else None
 
