@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 
 STARTED = time.monotonic()  # of this process, near enough
+# To each process that our launcher starts: the file for how it ended, and the process that started it.
+HANDED, PARENT = "LDM_PROCESS_RESULT", "LDM_PROCESS_PARENT"
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     node: int = 0
-    by: str = ""  # torchrun or srun; "": one process
+    by: str = ""  # torchrun, srun or launcher, our own; "": one process
 
     @property
     def first(self) -> bool:
@@ -30,7 +32,8 @@ def launch() -> Launch:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         local, node = int(env.get("LOCAL_RANK", 0)), int(env.get("GROUP_RANK", 0))
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), local, node, "torchrun")
+        by = "launcher" if HANDED in env else "torchrun"
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), local, node, by)
     # Only srun says how many tasks a step has. A batch script, a shell or a notebook in a job is one process, whatever
     # SLURM_NTASKS promises.
     tasks = int(env.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -46,7 +49,7 @@ def is_first() -> bool:
 
 
 def expect_srun() -> None:
-    """trainer=ddp in a SLURM job: its tasks are processes, also where SLURM does not say which step this is."""
+    """trainer=ddp or fsdp in a SLURM job: its tasks are processes, also where SLURM does not say which step this is."""
     env = os.environ
     known = "RANK" in env or "SLURM_STEP_NUM_TASKS" in env or env.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if known or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS") or 1) < 2:

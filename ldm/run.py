@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ldm.config.choices import drop_leftovers, said_in_words
 from ldm.config.root import conf_dir, digest
 from ldm.config.schema import check_keys_are_read, look_in, problems, register, schema, task_class, tasks
 from ldm.errors import ConfigError, Ended
-from ldm.launch import is_first, launch
+from ldm.launch import OtherProcess, is_first, launch
 from ldm.sweep.arms import FAILED, Arm, run_arm
 from ldm.text.reading import NotText, checked
 
@@ -60,28 +61,45 @@ def run(arguments: Sequence[str]) -> int:
     os.environ["LDM_COMMAND"] = shlex.join(["python", "-m", "ldm.run", *arguments])  # for run.json
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting by itself
     multirun = bool({"-m", "--multirun"} & set(arguments))
-    failure: BaseException
-    try:
+
+    def compose() -> None:
         _refuse_bytes(arguments)
         overrides, flags = _parsed(arguments)
         register(*_folders(flags))
         _check_trainer(arguments)
-        arguments = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments, overrides)]
-        if multirun:
-            arguments = named_sweep(arguments)
+        typed = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments, overrides)]
+        _hydra(job, named_sweep(typed) if multirun else typed)
+
+    return guarded(compose).code
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How something ended: exit code, the line that was printed, and whether it would end so another time."""
+
+    code: int
+    line: str = ""
+    final: bool = True
+
+
+def guarded(act: Callable[[], None]) -> Ending:
+    """Does it; what the person can mend is printed as one line. Other errors are raised."""
+    failure: BaseException
+    try:
         with _stopped_by_signals():
-            _hydra(job, arguments)
-        return 0
+            act()
+        return Ending(0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return Ending(130, "interrupted")
     except SystemExit as stop:  # a scheduler's signal, the end of a sweep, or Hydra's own
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        return Ending(stop.code if isinstance(stop.code, int) else int(bool(stop.code)), "stopped")
     except Ended as ended:
         failure = ended.error
     except Exception as error:
         failure = error
-    return _ended_elsewhere(failure) or _report(failure)
+    code = _ended_elsewhere(failure)
+    return Ending(code) if code is not None else _report(failure)
 
 
 def job(config: DictConfig) -> float | None:
@@ -232,13 +250,13 @@ def _check_trainer(arguments: Sequence[str]) -> None:
     named = [tasks().get(a.removeprefix("task=")) for a in arguments if a.startswith("task=")]
     if any(kind is None or not kind.in_every_process for kind in named):
         return
-    if "trainer=ddp" in arguments:
+    if {"trainer=ddp", "trainer=fsdp"} & set(arguments):
         from ldm.launch import expect_srun
 
         expect_srun()
     typed = (a.lstrip("+").partition("=") for a in arguments if a.lstrip("+").startswith("trainer."))
     values = {key.removeprefix("trainer."): value for key, _, value in typed}
-    if {"devices", "num_nodes", "strategy"} & values.keys():
+    if {"num_nodes", "strategy"} & values.keys():
         from ldm.training.distributed.strategy import check_trainer
 
         check_trainer(values)
@@ -256,16 +274,16 @@ def _ended_elsewhere(error: BaseException) -> int | None:
     return 130 if "stopped by SIGINT" in ended[1] else 75 if "stopped by " in ended[1] else 2
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException) -> Ending:
     from ldm.config.explain import explain
 
-    code, line = getattr(error, "exit_code", 2), str(error)
+    code, line, final = getattr(error, "exit_code", 2), str(error), True
     if type(error).__name__ == "Interrupted":
         line = f"{error}. The same command goes on from there."
     elif type(error).__name__ == "Diverged":
         code, line = FAILED, f"stopped: {error}"
-    elif type(error).__name__ == "OtherProcess":
-        line = f"error: {error}"
+    elif isinstance(error, OtherProcess):
+        line, final = f"error: {error}", code not in (1, 75)  # it crashed, or was lost
     else:
         explained = explain(error)
         if explained is None:
@@ -273,12 +291,12 @@ def _report(error: BaseException) -> int:
         line = f"error: {explained}"
     if _speaks(error):
         print(line, file=sys.stderr)
-    return code
+    return Ending(code, line, final)
 
 
 def _speaks(error: BaseException) -> bool:
     if launch().world_size == 1:  # without torch, which would take longer than what was refused
-        return True
+        return not (isinstance(error, OtherProcess) and error.told_here)
     from ldm.training.distributed.processes import speaks
 
     return speaks(error)

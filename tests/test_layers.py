@@ -42,10 +42,19 @@ ROOMS = [
     "ldm.config.explain",
     "ldm.config.help",
     "ldm.run",
+    "ldm.launched",
 ]
 ONLY_IN = {  # third party -> rooms that may import it
     "hydra": ("ldm.config", "ldm.build", "ldm.run", "ldm.sweep", "ldm.tasks"),
-    "omegaconf": ("ldm.config", "ldm.build", "ldm.run", "ldm.sweep", "ldm.tasks", "ldm.training.run.build"),
+    "omegaconf": (
+        "ldm.config",
+        "ldm.build",
+        "ldm.run",
+        "ldm.sweep",
+        "ldm.tasks",
+        "ldm.training.run.build",
+        "ldm.launched",
+    ),
     "lightning": ("ldm.training", "ldm.data"),
     "webdataset": ("ldm.data",),
     "transformers": ("ldm.text", "ldm.training.run", "ldm.training.losses"),

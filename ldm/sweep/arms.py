@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +34,8 @@ class Arm:
     overrides: the arm's command line, as Hydra composed it. fixed: keys that are the same in every arm.
     """
 
+    handed: ClassVar[Arm | None] = None  # to a process of an arm that composes nothing itself
+
     sweep: Path
     overrides: list[str]
     fixed: list[str] = field(default_factory=list)
@@ -54,6 +56,8 @@ class Arm:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        if cls.handed is not None:
+            return cls.handed
         if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
             return None
         hydra = HydraConfig.get()
@@ -74,7 +78,7 @@ def run_arm(arm: Arm, task: Callable[[], dict[str, float]], optimized: str | Non
     except SweepError as error:
         raise Ended(error) from None
     except OtherProcess as other:
-        state = {1: "failed", 2: "refused"}.get(other.exit_code, "interrupted")
+        state = {1: "failed", 2: "refused", FAILED: "failed"}.get(other.exit_code, "interrupted")
         record(arm, state, {}, str(other))
         return None if state != "interrupted" and another_can_follow() else _end(other)
     except ConfigError as error:

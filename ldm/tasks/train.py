@@ -35,6 +35,7 @@ class Train(Diffused, Guided, Scored, Compiled, Checkpoint, Pictures, Shards, Im
     )
     accumulate: int = key(1, "micro-batches per optimizer step", least=1)
     trainer: Any = group("Lightning's Trainer: devices, precision, strategy")
+    launcher: Any = group("the processes of one host, started by the command itself")
     callbacks: Any = group("what is watched, and how often")
     logger: Any = group("W&B offline, online or none; metrics.jsonl is always written")
     export: str | None = key(

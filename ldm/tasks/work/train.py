@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.build import as_literal
+from ldm.build import as_literal, build
 from ldm.checkpoints.components import check_adapters
 from ldm.checkpoints.folder import read_config
 from ldm.checkpoints.load import adopted
@@ -17,13 +18,16 @@ from ldm.config.root import plain
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.run_config import file_of
+from ldm.launch import launch
+from ldm.sweep.arms import Arm
 from ldm.sweep.measured import check_optimized, of_training
 from ldm.tasks.work.prior import check_prior
 from ldm.tasks.work.runs import trained
 from ldm.tasks.work.stages import Stages
 from ldm.training.distributed import processes
 from ldm.training.distributed.hosts import check_hosts
-from ldm.training.distributed.strategy import check_shares, check_trainer, timeout_of
+from ldm.training.distributed.launcher import Launcher
+from ldm.training.distributed.strategy import check_shares, check_trainer, local_processes, timeout_of
 from ldm.training.run.build import built_arguments, check_builds
 from ldm.training.run.captions import caption_templates, refuse_unsaid
 
@@ -38,6 +42,16 @@ def train(config: DictConfig) -> dict[str, float]:
     check(config)
     check_trainer(plain(config.trainer))
     check_shares(plain(config))
+    wanted, devices = local_processes(plain(config.trainer))
+    launcher: Launcher = build(config.launcher, "launcher") or Launcher()
+    if not launch().by and (wanted > 1 or launcher.max_restarts):
+        arm = Arm.current()
+        return launcher.run({"config": plain(config), "arm": arm and asdict(arm)}, wanted, devices)
+    if launcher.max_restarts and launch().by != "launcher":
+        raise ConfigError(
+            f"launcher.max_restarts={launcher.max_restarts}: {launch().by} started these processes, and starts them "
+            "again (exit code 75: the same command goes on). Leave it out."
+        )
     with processes.together(timeout_of(plain(config.trainer))):
         check_hosts(plain(config))
         return _train(config)

@@ -10,7 +10,7 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.training.module import TrainedModule, is_last_step, is_optimizer_step
+from ldm.training.module import TrainedModule, is_due, is_optimizer_step
 from ldm.training.run.logging import log_metrics
 
 
@@ -35,14 +35,17 @@ class ProgressBar(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, TrainedModule)
+        due = is_due(trainer, batch_idx, self.every_n_steps)
+        if due:
+            pl_module.read_losses()  # in all processes
         if not is_optimizer_step(trainer, batch_idx) or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, TrainedModule)
         step, now = trainer.global_step, time.perf_counter()
         if self._bar is not None:
             rate = pl_module.images_per_step * (step - self._first) / (now - self._started)
             self._bar.update(self._task, completed=step, text=f"loss {pl_module.last_loss:.4f}  {rate:.0f} images/s")
-        if step % self.every_n_steps == 0 or is_last_step(trainer):
+        if due:
             steps = step - self._since_step
             rate = pl_module.images_per_step * steps / (now - self._since)
             log_metrics(trainer, {"train/images_per_second": rate}, step)

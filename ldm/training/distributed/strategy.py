@@ -1,4 +1,4 @@
-"""How Lightning sees the processes: as they were started from outside. It never starts any itself."""
+"""How Lightning sees the processes: as they were started, by our launcher, torchrun or srun. It starts none itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.launch import Launch, launch
 from ldm.training.distributed.processes import TIMEOUT, group, met
 
 WHOLE = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-TORCHRUN = "torchrun --nproc_per_node=N -m ldm.run ... trainer=ddp"
+TORCHRUN = "Many hosts: torchrun --nnodes=HOSTS --nproc_per_node=N -m ldm.run ... trainer=ddp on each, or srun."
 
 
 class DataParallel(DDPStrategy):
@@ -99,7 +99,7 @@ def check_strategy(trainer: dict[str, Any]) -> str:
     if name not in (*WHOLE, "DataParallel", "Sharded", "DDPStrategy", "SingleDeviceStrategy"):
         raise ConfigError(
             f"trainer.strategy={name}: checkpoints and averages know whole models (trainer=ddp) and models in shares "
-            f"(trainer=fsdp), and no other strategy. {TORCHRUN}; task=plan says what fits."
+            f"(trainer=fsdp), and no other strategy; task=plan says what fits."
         )
     return name
 
@@ -133,22 +133,21 @@ def check_trainer(trainer: dict[str, Any]) -> None:
         if name == "SingleDeviceStrategy":
             raise ConfigError(f"trainer.strategy={name} is for one process, not {here.world_size}: trainer=ddp.")
         return
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    if nodes not in (1, "1") or _more_than_one(devices):
-        what = f"trainer.num_nodes={nodes}" if nodes not in (1, "1") else f"trainer.devices={devices}"
-        raise ConfigError(
-            f"{what}: one process was started, and it starts no others. Start them from outside, N a host: {TORCHRUN} "
-            "(or srun); the number of devices is then theirs."
-        )
+    nodes = trainer.get("num_nodes", 1)
+    if nodes not in (1, "1"):
+        raise ConfigError(f"trainer.num_nodes={nodes}: this command starts processes on its own host only. {TORCHRUN}")
 
 
-def _more_than_one(devices: Any) -> bool:
+def local_processes(trainer: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """How many processes a trainer wants on this host, and the numbers of their GPUs where it names them."""
+    devices = trainer.get("devices", 1)
     if devices in (-1, "-1", "auto"):
-        return torch.cuda.device_count() > 1
-    if isinstance(devices, list):
-        return len(devices) > 1
-    text = str(devices)
-    return "," in text.strip(",") or (text.isdigit() and int(text) > 1)
+        return (1 if trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())), []
+    text = str(devices).strip("[] ")
+    named = [int(d) for d in text.split(",") if d.strip().isdigit()]
+    if isinstance(devices, list) or "," in text:
+        return max(1, len(named)), named
+    return max(1, *named) if named else 1, []
 
 
 def launched(trainer: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
@@ -176,7 +175,7 @@ def opened(trainer: L.Trainer) -> Iterator[None]:
         yield
         return
     if met() is None:
-        print(f"one process: more are started from outside, {TORCHRUN}", flush=True)
+        print("one process: trainer.devices=N starts N on this host, torchrun or srun on many", flush=True)
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,0 +1,53 @@
+"""One of the processes that `launcher` starts: python -m ldm.launched JOB, where the configuration is."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from ldm.launch import HANDED, PARENT
+
+
+def main() -> None:
+    """Trains what the job says, and leaves how it ended where the launcher looks: code, line, numbers."""
+    _end_with_parent()
+    from omegaconf import OmegaConf
+
+    from ldm.build import as_literal
+    from ldm.run import Ending, guarded
+    from ldm.sweep.arms import Arm
+    from ldm.tasks.train import Train
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Arm.handed = Arm(Path(job["arm"]["sweep"]), job["arm"]["overrides"], job["arm"]["fixed"]) if job["arm"] else None
+    module = job["config"].pop("module")  # which says by reference what stands beside it
+    config = OmegaConf.create({**as_literal(job["config"]), "module": module})
+    metrics: dict[str, float] = {}
+    try:
+        ending = guarded(lambda: metrics.update(Train.run(config)))
+    except BaseException as error:
+        traceback.print_exc()
+        ending = Ending(1, f"{type(error).__name__}: {error}", final=False)
+    part = Path(os.environ[HANDED] + ".part")
+    part.write_text(json.dumps({**asdict(ending), "metrics": metrics}))
+    part.rename(os.environ[HANDED])
+    sys.stdout.flush()
+    sys.exit(ending.code)
+
+
+def _end_with_parent() -> None:
+    """Whoever kills the launcher kills its processes: they get SIGTERM then, and save (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[PARENT]):  # it died before
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    main()
