@@ -5,24 +5,35 @@ import torch
 from conf_nodes import options
 from tiny_training import config
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from ldm.adapters.hypernetwork import Hypernetwork
 from ldm.checkpoints.components import build_components
 from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
+from ldm.models.attention import SpatialTransformer
 from ldm.models.block import blocks_of, compile_network
-from ldm.models.unet import UNet
+from ldm.models.resnet import ResnetBlock
 
 pytestmark = pytest.mark.slow
 MODELS = [m for m in options("model") if m.endswith("_tiny")]
+# As few blocks as have every kind; minutes go into compiling, and a second block of a kind compiles no other code.
+FEWER = {
+    "unet_tiny": ["model.block_channels=[32]", "model.attention_levels=[true]", "+model.mid_attention=false"],
+    "dit_tiny": ["model.depth=1"],
+}
 
 
 @pytest.fixture(autouse=True)
 def fresh():
+    """Nothing compiled yet. torch's limit of compilations of a function is lower than what the fewer blocks need."""
     torch._dynamo.reset()
     counters.clear()
-    yield
+    # No pool of workers for the C++ compiler: each would import torch.
+    with dynamo.patch(recompile_limit=2, fail_on_recompile_limit_hit=True), inductor.patch(compile_threads=1):
+        yield
     torch._dynamo.reset()
 
 
@@ -30,9 +41,9 @@ def compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def parts_of(model, *overrides):
+def parts_of(model):
     torch.manual_seed(0)
-    parts = build_components(config("shards=x", f"model={model}", *overrides))
+    parts = build_components(config("shards=x", f"model={model}", *FEWER.get(model, [])))
     for p in parts.network.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=0.1)
@@ -54,51 +65,61 @@ def gradients(network, *given):
     return [out.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
 
 
-def test_it_is_the_eager_network_with_inductor():
-    """Outputs and gradients to 1e-5 of their size; the generated code is only as much as one small U-Net's."""
-    torch.manual_seed(0)
-    network = UNet(
-        block_channels=[16],
-        attention_levels=[True],
-        layers_per_block=1,
-        cross_attention_dim=8,
-        norm_groups=4,
-        num_heads=2,
-        mid_attention=False,
-    )
-    nn.init.normal_(network.conv_out.weight, std=0.1)
-    given = inputs(network, 2, 8)
-    eager = gradients(network, *given)
-    compile_network(network, "blocks")
-    for _ in range(3):
-        made = gradients(network, *given)
-    assert 0 < compiled() <= len(blocks_of(network)) and not counters["graph_break"]
+def assert_equal(made, eager):
+    """To 1e-5 of their size."""
     for ours, theirs in zip(made, eager, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1e-3)
 
 
+class Pair(nn.Module):
+    """A U-Net's two kinds of blocks, once each."""
+
+    def __init__(self):
+        super().__init__()
+        self.resnet = ResnetBlock(8, 16, 4, eps=1e-5, time_width=8)
+        self.transformer = SpatialTransformer(16, 2, 8, 1, False, 4)
+
+    def forward(self, x, time, context):
+        return self.transformer(self.resnet(x, time), context, None)
+
+
+def test_it_is_the_eager_network_with_inductor():
+    """Outputs and gradients; the generated code is only as much as two blocks', for the C++ compiler's sake."""
+    torch.manual_seed(0)
+    network = Pair()
+    given = torch.randn(2, 8, 8, 8), torch.randn(2, 8), torch.randn(2, 7, 8)
+    eager = gradients(network, *given)
+    compile_network(network, "blocks")
+    for _ in range(2):
+        made = gradients(network, *given)
+    assert compiled() == len(blocks_of(network)) == 2 and not counters["graph_break"]
+    assert_equal(made, eager)
+
+
 @pytest.mark.parametrize(("model", "how"), [*((m, "blocks") for m in MODELS), ("dit_tiny", "whole")])
 def test_nothing_is_compiled_again(model, how):
-    parts = parts_of(model)
-    network = parts.network
-    compile_network(network, how, backend="aot_eager")
-    gradients(network, *inputs(network, 2, 8))
+    """And all of it is the eager network. Each of the first three calls is the first of its kind."""
+    network = parts_of(model).network
+    sizes = ((2, 8), (6, 8), (4, 16), (8, 20), (2, 24))
+    eager = [gradients(network, *inputs(network, *size)) for size in sizes]
+    compile_network(network, how, backend="aot_eager" if how == "blocks" else "eager")  # no other gradients
     with torch.no_grad():
         network(*inputs(network, 2, 8))
-        network(*inputs(network, 4, 8))  # guidance: twice the batch
-        network(*inputs(network, 4, 12))
-    gradients(network, *inputs(network, 3, 16))
+    gradients(network, *inputs(network, 3, 12))  # training after that: batch and sides are others
+    with torch.no_grad():
+        network(*inputs(network, 4, 16))
     before = compiled()
     assert before > 0 and not counters["graph_break"]
-    for batch, side in ((2, 8), (6, 8), (4, 16), (8, 20), (2, 24)):
-        gradients(network, *inputs(network, batch, side))
+    for size, theirs in zip(sizes, eager, strict=True):
+        made = gradients(network, *inputs(network, *size))
         with torch.no_grad():
-            network(*inputs(network, batch, side))
+            torch.testing.assert_close(network(*inputs(network, *size)), made[0])
+        assert_equal(made, theirs)
     assert compiled() == before, counters["stats"]
 
 
 def test_adapters_are_compiled_in_and_taken_off():
-    parts = parts_of("unet_tiny")
+    parts = parts_of("dit_tiny")
     network, given = parts.network, inputs(parts.network, 2, 8)
     with torch.no_grad():
         base = network(*given)
@@ -108,7 +129,7 @@ def test_adapters_are_compiled_in_and_taken_off():
         nn.init.normal_(p, std=0.1)
     with torch.no_grad():
         eager = network(*given)
-        compile_network(network, "blocks", backend="aot_eager")
+        compile_network(network, "blocks", backend="eager")
         before = 0
         for _ in range(2):
             torch.testing.assert_close(network(*given), eager)
@@ -119,13 +140,19 @@ def test_adapters_are_compiled_in_and_taken_off():
 
 
 def test_hooks_and_names_stay():
-    network, seen = parts_of("unet_tiny").network, []
+    network, seen = parts_of("dit_tiny").network, []
     names = list(network.state_dict())
-    compile_network(network, "blocks", backend="aot_eager")
+    compile_network(network, "blocks", backend="eager")
     blocks_of(network)[0].register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
         network(*inputs(network, 2, 8))
-    assert seen == [1] and list(network.state_dict()) == names and len(blocks_of(network)) > 3
+    assert seen == [1] and list(network.state_dict()) == names and compiled() == 1
+
+
+def test_a_unets_blocks_are_its_resnets_and_transformers():
+    network = parts_of("unet_tiny").network
+    expected = [m for m in network.modules() if isinstance(m, ResnetBlock | SpatialTransformer)]
+    assert len(expected) > 3 and {*map(id, expected)} == {*map(id, blocks_of(network))}
 
 
 def test_a_network_without_blocks_says_so():

@@ -32,6 +32,7 @@ MACHINE += [f"trainer.{k}" for k in ("accelerator", "devices", "num_nodes", "str
 MACHINE += [f"trainer.{k}" for k in ("log_every_n_steps", "limit_val_batches", "num_sanity_val_steps", "benchmark")]
 MACHINE += ["trainer.check_val_every_n_epoch", "trainer.val_check_interval"]
 MACHINE += [f"trainer.enable_{k}" for k in ("checkpointing", "progress_bar", "model_summary")]
+DECIDING = ["trainer.strategy.gradient_compression"]  # though it lies under what is listed
 WATCHED = (
     "skip_nonfinite",
     "snapshots",
@@ -98,7 +99,8 @@ def flipped(value):
 
 def listed(path, patterns):
     """Whether a key, or one that it lies under, is among the patterns."""
-    return any(fnmatch(".".join(path[: n + 1]), p) for n in range(len(path)) for p in patterns)
+    found = any(fnmatch(".".join(path[: n + 1]), p) for n in range(len(path)) for p in patterns)
+    return found and ".".join(path) not in DECIDING
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +144,14 @@ def test_equal_runs_are_equal():
     again["accumulate"] = again["data"]["accumulate"] = again["trainer"]["accumulate_grad_batches"] = 2
     again["trainer"]["gradient_clip_val"] = int(values["trainer"]["gradient_clip_val"])
     assert digest(decisive(again)) == digest(decisive(values))
+
+
+def test_compressed_gradients_make_another_run_and_the_usual_ones_the_same_as_ever():
+    plain_node, ddp, bf16 = (
+        decisive(of_experiment("experiment=finetune", "checkpoint=x", *more))
+        for more in ([], ["trainer=ddp"], ["trainer=ddp", "trainer.strategy.gradient_compression=bf16"])
+    )
+    assert plain_node == ddp != bf16 and "gradient_compression" not in ddp["trainer"]
 
 
 def test_a_run_of_the_earlier_form_is_refused_in_one_line(tmp_path):

@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.errors import ConfigError
 from ldm.launch import Launch, launch
@@ -18,6 +20,7 @@ from ldm.training.distributed.processes import TIMEOUT, group, met
 
 WHOLE = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 TORCHRUN = "Many hosts: torchrun --nnodes=HOSTS --nproc_per_node=N -m ldm.run ... trainer=ddp on each, or srun."
+COMPRESSION: dict[str, Any] = {"none": None, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
 
 class DataParallel(DDPStrategy):
@@ -25,16 +28,47 @@ class DataParallel(DDPStrategy):
 
     timeout: seconds after which a process that does not answer, or does not come to the step in which the others wait,
         ends the job by name. Longer than whatever one process does alone (pictures, checkpoints).
+    static_graph: the caller's word that every step uses the same parameters, as often and in the same order. Not with
+        accumulate above 1: torch's reducer fails on a first micro-batch that is not exchanged.
+    gradient_compression: none, or bf16 or fp16, in which gradients are divided, summed and brought back to float32:
+        half the bytes on the wire, and another result. fp16 reaches 65504 only.
     """
 
     def __init__(
-        self, timeout: float = TIMEOUT, find_unused_parameters: bool = False, gradient_as_bucket_view: bool = True
+        self,
+        timeout: float = TIMEOUT,
+        find_unused_parameters: bool = False,
+        gradient_as_bucket_view: bool = True,
+        static_graph: bool = False,
+        gradient_compression: str = "none",
     ):
+        if gradient_compression not in COMPRESSION:
+            raise ConfigError(
+                f"trainer.strategy.gradient_compression={gradient_compression} is not known: choose one of "
+                f"{', '.join(COMPRESSION)}."
+            )
         super().__init__(
             timeout=timedelta(seconds=2 * timeout),
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=gradient_as_bucket_view,
+            static_graph=static_graph,
         )
+        self.static_graph, self.gradient_compression = static_graph, gradient_compression
+
+    def configure_ddp(self) -> None:
+        """Wraps the module; Lightning's own `ddp_comm_hook` would be left out, without a word, on anything but CUDA."""
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if self.static_graph and trainer is not None and trainer.accumulate_grad_batches > 1:
+            raise ConfigError(
+                f"trainer.strategy.static_graph=true with accumulate={trainer.accumulate_grad_batches}: torch learns "
+                "the graph at the first backward pass, which must exchange gradients: leave static_graph out, or "
+                "accumulate=1."
+            )
+        super().configure_ddp()
+        hook = COMPRESSION[self.gradient_compression]
+        if hook is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, hook)
 
 
 class Launched(ClusterEnvironment):

@@ -79,6 +79,10 @@ def decisive(config: Mapping[str, Any], world_size: int = 1) -> dict[str, Any]:
         **_without(trainer, TRAINER),
         "accumulate_by_config": trainer.get("accumulate_grad_batches", 1) / accumulate,
     }
+    strategy = trainer.get("strategy")
+    compression = strategy.get("gradient_compression", "none") if isinstance(strategy, Mapping) else "none"
+    if compression != "none":  # it rounds; without it, where and how a run is dealt out changes nothing
+        found["trainer"]["gradient_compression"] = compression
     found["callbacks"] = {k: v for k, v in (config["callbacks"] or {}).items() if v and _decides(v, config["module"])}
     if isinstance(found.get("adapter"), Mapping):  # but for the format in which they leave
         found["adapter"] = {name: _without(node, ("format",)) for name, node in found["adapter"].items()}
