@@ -126,13 +126,13 @@ def _value(arm: Arm, metrics: dict[str, float], optimized: str | None) -> float 
     return metrics[optimized]  # None where it was not finite
 
 
-def unknown_metric(metric: str, names: Iterable[str]) -> str:
-    """The line for an optimized_metric= that is not among `names`."""
+def unknown_metric(metric: str, names: Iterable[str], key: str = "optimized_metric") -> str:
+    """The line for a metric that is not among `names`."""
     known = sorted(set(names) - {UNKNOWN})
     near = nearest(metric, known)
     usual = [n for n in known if n.count("/") == 1]
     shown = "" if near else f" There is {', '.join(usual[:8])}{' ...' if len(known) > 8 else ''}."
-    return f"optimized_metric={metric}: nothing of this name is measured here.{near}{shown}"
+    return f"{key}={metric}: nothing of this name is measured here.{near}{shown}"
 
 
 def record(arm: Arm, state: str, metrics: dict[str, float], message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ldm.build import build
 from ldm.config.check import module_kind
-from ldm.errors import SweepError
+from ldm.errors import ConfigError, SweepError
 from ldm.sweep.arms import UNKNOWN, unknown_metric
 from ldm.training.run.build import build_module, build_parts
 from ldm.training.run.class_images import ClassImages
@@ -21,6 +21,13 @@ def check_optimized(metric: str | None, names: Names) -> None:
     """SweepError where nothing of this name will be measured."""
     if metric and metric not in names and UNKNOWN not in names:
         raise SweepError(unknown_metric(metric, names))
+
+
+def check_kept(values: Mapping[str, Any]) -> None:
+    """ConfigError where the checkpoint that is best in something is to be kept, and nothing of this name is logged."""
+    best = ((values["callbacks"] or {}).get("checkpoints") or {}).get("keep_best")
+    if best and not {best, UNKNOWN} & (names := of_training(values)):
+        raise ConfigError(unknown_metric(best, names, "callbacks.checkpoints.keep_best"))
 
 
 def of_training(values: Mapping[str, Any]) -> Names:

@@ -17,6 +17,7 @@ from ldm.config.check import module_kind
 from ldm.errors import ConfigError
 from ldm.launch import is_first
 from ldm.sweep.arms import Arm
+from ldm.sweep.measured import check_kept
 from ldm.training.callbacks.saving import Interrupted
 from ldm.training.distributed import processes
 from ldm.training.run.fit import Finished, train_run
@@ -24,6 +25,7 @@ from ldm.training.run.fit import Finished, train_run
 
 def trained(config: DictConfig, values: dict[str, Any]) -> Finished:
     """One run, and what leaves it; also when a signal ends it before its last step."""
+    check_kept(values)
     try:
         finished = train_run(values, lambda digest: _directory(config, digest))
     except Interrupted as stop:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, Timer
@@ -48,6 +49,8 @@ class Checkpoints(WritesIntoRun, Checkpoint):
     Lightning calls it after all other callbacks: what they log at a step is never missing from a resumed run. Losses
     are read before: nothing is saved of a run whose loss is no longer a number.
     keep_last: how many checkpoint folders stay; None keeps all.
+    keep_best: a metric, val/loss say: the checkpoint with its best value stays too; best: lowest or highest.
+    keep_every_n_images: of those trained on; the first checkpoint after each multiple stays too.
     signals_every_n_steps: how often several processes ask one another for signals; one alone looks after every step.
     in_background: copies are taken, and a thread writes them while training goes on; false: training waits. Under
         trainer=fsdp, where no process has all, it waits. What is written is the same, and so is what survives a kill:
@@ -61,13 +64,22 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         self,
         every_n_steps: int = 1000,
         keep_last: int | None = 2,
+        keep_best: str | None = None,
+        best: Literal["lowest", "highest"] = "lowest",
+        keep_every_n_images: int | None = None,
         signals_every_n_steps: int = 5,
         in_background: bool = True,
         max_hours: float | None = None,
     ):
         if signals_every_n_steps < 1:
             raise ConfigError(f"callbacks.checkpoints.signals_every_n_steps={signals_every_n_steps}: at least 1.")
+        if keep_last is not None and keep_last < 1:
+            raise ConfigError(f"callbacks.checkpoints.keep_last={keep_last}: at least 1; null keeps all.")
+        if keep_every_n_images is not None and keep_every_n_images < 1:
+            raise ConfigError(f"callbacks.checkpoints.keep_every_n_images={keep_every_n_images}: at least 1, or null.")
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.keep_best, self.best, self.keep_every_n_images = keep_best, best, keep_every_n_images
+        self._values: dict[int, float] = {}  # of keep_best, by step
         self.signals_every_n_steps, self.in_background, self.max_hours = signals_every_n_steps, in_background, max_hours
         self._signal = 0
         self._saved = 0  # the step
@@ -117,22 +129,25 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         self._restore_handlers()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"complete": True} if self._complete else {}
+        return ({"complete": True} if self._complete else {}) | ({"values": self._values} if self._values else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._complete = state_dict.get("complete", False)
+        self._values = dict(state_dict.get("values", {}))
 
     def _save(self, trainer: L.Trainer) -> Path:
         if isinstance(trainer.lightning_module, TrainedModule):
             trainer.lightning_module.read_losses()
         self._saved, self._complete = trainer.global_step, ended_early(trainer)
-        folder = self.directory / folder_name(self._saved)
+        folder, step = self.directory / folder_name(self._saved), self._saved
+        if self.keep_best in trainer.callback_metrics:
+            self._values[step] = float(trainer.callback_metrics[self.keep_best])
         trainer.save_checkpoint(folder)
         if trainer.is_global_zero:
-            step = self._saved
+            images = getattr(trainer.lightning_module, "images_per_step", 1)
 
             def written() -> None:
-                self._prune()
+                self._prune(images)
                 if self.run_directory is not None:
                     self.run_directory.set_status("running", step)
 
@@ -152,10 +167,17 @@ class Checkpoints(WritesIntoRun, Checkpoint):
     def _flag(self, number: int, frame: Any) -> None:
         self._signal = number
 
-    def _prune(self) -> None:
-        folders = all_folders(self.directory.parent)
-        for folder in folders[: -self.keep_last] if self.keep_last else []:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _prune(self, images_per_step: int) -> None:
+        folders = {int(folder.name.removeprefix("step-")): folder for folder in all_folders(self.directory.parent)}
+        kept = set(list(folders)[-self.keep_last :] if self.keep_last else folders)
+        values = {step: value for step, value in self._values.items() if step in folders and math.isfinite(value)}
+        if values:
+            kept.add((min if self.best == "lowest" else max)(values, key=lambda step: values[step]))
+        if self.keep_every_n_images:
+            passed = [step * images_per_step // self.keep_every_n_images for step in folders]
+            kept |= {step for step, now, before in zip(folders, passed, [0, *passed], strict=False) if now > before}
+        for step in folders.keys() - kept:
+            shutil.rmtree(folders[step], ignore_errors=True)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
