@@ -12,14 +12,18 @@ from PIL import Image
 from ranks import command, on_ranks
 from safetensors.torch import load_file
 from tiny_training import TINY, config, make_data
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import Dinov2Config, Dinov2Model
 
 from ldm.checkpoints.folder import all_folders, verify
 from ldm.devices import is_shared, local
 from ldm.diffusion.condition import Condition
+from ldm.models.block import compile_network
 from ldm.models.unet import UNet
 from ldm.training.distributed import processes
 from ldm.training.distributed.sharded import cut
+from ldm.training.ema import EMA
 
 pytestmark = pytest.mark.slow
 BASE = [t for t in TINY if not t.startswith(("trainer", "batch_size"))] + ["trainer.accelerator=cpu"]
@@ -92,6 +96,19 @@ def test_of_all_kinds(data, tmp_path, overrides):
         assert len(a) == len(b) == 4
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(load_file(x), load_file(y), rtol=1e-4, atol=2e-6)
+
+
+def test_a_loss_term_with_weights_is_cut_too(data, tmp_path):
+    """Its input is a hidden state of a block, its weights are trained, saved and averaged."""
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "encoder")
+    typed = ["loss=[representation_alignment]", f"module.losses.alignment.encoder={tmp_path}/encoder", "max_steps=3"]
+    typed += ["module.losses.alignment.width=64", "module.losses.alignment.projector_width=16", "batch_size=2"]
+    images = (data[0], data[0])
+    autoencoder = f"checkpoint={data[0].parent}/autoencoder"
+    runs = [trained(tmp_path, images, n, 2, *typed, autoencoder, *SHORT[2:], f"trainer={n}") for n in ("ddp", "fsdp")]
+    assert_same(*runs)
+    assert (all_folders(runs[1])[-1] / "loss_alignment.ema.safetensors").is_file()
 
 
 def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(data, tmp_path):
@@ -191,6 +208,38 @@ def test_the_plan_is_what_a_step_takes_at_most():
         assert 0.7 * planned < taken <= planned < 0.6 * whole_step, rank.value
 
 
+def test_compiled_blocks_in_shares():
+    """Outputs and gradients of compiled blocks are those of eager ones, also with averages in the weights' place."""
+
+    def step(rank):
+        dist.init_process_group("gloo")
+        found = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            network = UNet(block_channels=[32], attention_levels=[False], cross_attention_dim=None)
+            nn.init.normal_(network.conv_out.weight, std=0.1)
+            if compiled:
+                compile_network(network, "blocks", backend="aot_eager")
+            cut(network, init_device_mesh("cpu", (dist.get_world_size(),)))
+            parameters, average = dict(network.named_parameters()), EMA()
+            average.start(parameters)
+            x = torch.linspace(-1, 1, 512).view(2, 4, 8, 8) * (rank + 1)
+            network(x, torch.ones(2), Condition()).square().mean().backward()
+            with torch.no_grad():
+                for p in network.parameters():
+                    p.mul_(1.5)
+                moved = network(x, torch.ones(2), Condition())
+                with average.swapped(parameters):
+                    before = network(x, torch.ones(2), Condition())
+                again = network(x, torch.ones(2), Condition())
+            assert torch.equal(moved, again) and not torch.allclose(moved, before)
+            found.append([before, moved, *(p.grad.full_tensor() for p in network.parameters())])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+    for rank in on_ranks(step):
+        assert rank.code == 0, rank.err[-2000:]
+
+
 def test_an_autoencoder_stays_whole(data, tmp_path):
     typed = ["module=autoencoder", f"shards={data[0]}", "max_steps=3", "batch_size=2"]
     assert_same(*(trained(tmp_path, data, name, 2, *typed, f"trainer={name}") for name in ("ddp", "fsdp")))
@@ -203,6 +252,8 @@ def test_an_autoencoder_stays_whole(data, tmp_path):
         (["trainer.precision=16-mixed"], "losses are not scaled in shares. Use trainer.precision=bf16-mixed"),
         (["adapter=[lora]"], "adapters are small. Use trainer=ddp"),
         (["trainer.strategy.timeout=0"], "seconds, more than 0"),
+        (["compile=whole"], "Use compile=blocks"),
+        (["optimizer=adamw8bit"], "its state cannot be cut. Use optimizer=adamw"),
     ],
 )
 def test_what_cannot_be_cut_says_so(data, tmp_path, overrides, said):

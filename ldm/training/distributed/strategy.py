@@ -153,6 +153,10 @@ def check_shares(config: Mapping[str, Any]) -> None:
     if precision == "16-mixed" or (gathered == "bfloat16" and precision != "bf16-mixed"):
         why = "losses are not scaled in shares" if precision == "16-mixed" else "bfloat16 weights need bf16-mixed"
         raise ConfigError(f"trainer.precision={precision} with trainer=fsdp: {why}. Use trainer.precision=bf16-mixed.")
+    if config.get("compile") == "whole":
+        raise ConfigError("compile=whole with trainer=fsdp: weights come together block by block. Use compile=blocks.")
+    if str(config["optimizer"].get("_target_", "")).endswith("adamw8bit"):
+        raise ConfigError("optimizer=adamw8bit with trainer=fsdp: its state cannot be cut. Use optimizer=adamw.")
     if config.get("adapter"):
         raise ConfigError(
             f"adapter=[{','.join(config['adapter'])}] with trainer=fsdp: it cuts what is trained, and adapters are "
