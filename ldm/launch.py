@@ -7,7 +7,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-STARTED = time.monotonic()  # of this process, near enough
+BEGAN = "LDM_STARTED"  # to each process that our launcher starts: when the command itself did
+STARTED = float(os.environ.get(BEGAN) or time.monotonic())  # of the command, by the clock of its host
 # To each process that our launcher starts: the file for how it ended, and the process that started it.
 HANDED, PARENT = "LDM_PROCESS_RESULT", "LDM_PROCESS_PARENT"
 

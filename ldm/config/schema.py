@@ -34,6 +34,11 @@ def register(*folders: Path) -> None:
     ConfigStore.instance().store(name="root", node=make_dataclass("Root", made))
 
 
+def looked_in() -> list[Path]:
+    """The folders beside conf/."""
+    return list(_folders)
+
+
 def look_in(*folders: Path) -> None:
     """Also looks for tasks and options in `folders`, as Hydra does with --config-dir."""
     found = [f for folder in folders if (f := folder.resolve()) != conf_dir()]

@@ -15,6 +15,7 @@ from ldm.checkpoints.sampler import sampling_settings
 from ldm.checkpoints.stages import to_native
 from ldm.config.check import check, module_kind
 from ldm.config.root import plain
+from ldm.config.schema import looked_in
 from ldm.errors import ConfigError
 from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.run_config import file_of
@@ -46,7 +47,8 @@ def train(config: DictConfig) -> dict[str, float]:
     launcher: Launcher = build(config.launcher, "launcher") or Launcher()
     if not launch().by and (wanted > 1 or launcher.max_restarts):
         arm = Arm.current()
-        return launcher.run({"config": plain(config), "arm": arm and asdict(arm)}, wanted, devices)
+        job = {"config": plain(config), "arm": arm and asdict(arm), "folders": looked_in()}
+        return launcher.run(job, wanted, devices)
     if launcher.max_restarts and launch().by != "launcher":
         raise ConfigError(
             f"launcher.max_restarts={launcher.max_restarts}: {launch().by} started these processes, and starts them "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.launch import HANDED, PARENT, OtherProcess
+from ldm.launch import BEGAN, HANDED, PARENT, STARTED, OtherProcess
 
 GRACE = 15.0  # seconds for the others to end by themselves after one has crashed; they know in two or three
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -66,7 +66,7 @@ class _Host:
             held.bind(("127.0.0.1", 0))
             port = held.getsockname()[1]
         shared = {**os.environ, "WORLD_SIZE": str(processes), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": str(port), PARENT: str(os.getpid())}
+        shared |= {"MASTER_PORT": str(port), PARENT: str(os.getpid()), BEGAN: str(STARTED)}
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         if devices and processes > 1:
             visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]

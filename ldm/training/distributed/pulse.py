@@ -5,6 +5,7 @@ A collective that one process does not join holds all the others for ever, or un
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -67,8 +68,17 @@ class Pulse:
         self.when_lost: Callable[[str], None] | None = None  # told the line before the process ends
         self.answered = time.monotonic()
         self.heard = {p.rank: Heard() for p in places if p.rank != rank and (rank == 0 or p.rank == 0)}
-        for work in (self._talk, self._watch_store):
-            threading.Thread(target=work, daemon=True, name="pulse").start()
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=t, daemon=True, name="pulse") for t in (self._talk, self._watch_store)]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """Before the interpreter ends: a thread that it ends inside the store's C++ aborts the process (SIGABRT)."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(self.interval)
 
     def enter(self) -> None:
         """A training run begins: from here on all go from micro-batch to micro-batch together."""
@@ -81,7 +91,7 @@ class Pulse:
     def _talk(self) -> None:
         beats, before, failed = 0, time.monotonic(), 0
         try:
-            while True:
+            while not self._over.is_set():
                 beats += 1
                 self.store.set(f"beat/{self.rank}", f"{beats} {self.place}")
                 ranks = list(self.heard)
@@ -100,7 +110,7 @@ class Pulse:
                 if failed * self.interval > GRACE:
                     rank, reason, code = json.loads(self.store.get(self.failure))
                     self._end(f"{self.places[rank]} ended this job: {reason}", rank, code, tell=False)
-                time.sleep(self.interval)
+                self._over.wait(self.interval)
         except RuntimeError:  # the store has gone: torchrun, or the process that kept it, has ended
             return
 
@@ -140,8 +150,7 @@ class Pulse:
 
     def _watch_store(self) -> None:
         before = time.monotonic()
-        while True:
-            time.sleep(self.interval)
+        while not self._over.wait(self.interval):
             now = time.monotonic()
             if now - before > 5 * self.interval + 1:
                 self.answered = now

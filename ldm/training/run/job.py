@@ -18,7 +18,7 @@ from ldm.errors import ConfigError
 from ldm.launch import is_first, launch
 from ldm.text.templates import Templates
 from ldm.training.distributed import processes
-from ldm.training.distributed.strategy import check_trainer
+from ldm.training.distributed.strategy import check_trainer, local_processes
 from ldm.training.run.captions import caption_templates, captions_read, class_names, reads_captions, words_of
 from ldm.training.run.class_images import ClassImages, read_class_images
 from ldm.training.run.frozen import check_frozen_dtype
@@ -48,6 +48,11 @@ def resolve(given: dict[str, Any]) -> Job:
     All processes must come to the same one; `agree` compares.
     """
     check_trainer(given["trainer"])
+    if launch().world_size == 1 and local_processes(given["trainer"])[0] > 1:  # by a script of one's own
+        raise ConfigError(
+            f"trainer.devices={given['trainer']['devices']} and one process: python -m ldm.run starts the others, "
+            "or torchrun."
+        )
     check_frozen_dtype(given)
     if not given["checkpoint"]:
         has_latents = bool(given["shards"]) and (Path(given["shards"]) / "autoencoder").is_dir()
