@@ -19,7 +19,6 @@ def main() -> None:
     _end_with_parent()
     from omegaconf import OmegaConf
 
-    from ldm.build import as_literal
     from ldm.config.schema import look_in
     from ldm.run import Ending, guarded
     from ldm.sweep.arms import Arm
@@ -28,8 +27,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     look_in(*map(Path, job["folders"]))
     Arm.handed = Arm(Path(job["arm"]["sweep"]), job["arm"]["overrides"], job["arm"]["fixed"]) if job["arm"] else None
-    module = job["config"].pop("module")  # which says by reference what stands beside it
-    config = OmegaConf.create({**as_literal(job["config"]), "module": module})
+    config = OmegaConf.create(job["config"])
     metrics: dict[str, float] = {}
     try:
         ending = guarded(lambda: metrics.update(Train.run(config)))

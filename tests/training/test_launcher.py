@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, here, metrics, start, wait_for
+from omegaconf import OmegaConf
 from ranks import command, on_ranks
 from tiny_training import TINY, make_data
 
+import ldm.tasks.work.train as training
 from ldm.checkpoints.folder import all_folders
+from ldm.config.root import plain
 from ldm.errors import ConfigError
+from ldm.tasks.work.stages import Stages
 from ldm.training.distributed.launcher import Launcher
 from ldm.training.distributed.strategy import local_processes
 
@@ -148,6 +152,20 @@ def test_a_refusal_starts_nothing(monkeypatch, tmp_path, typed, said):
     monkeypatch.setattr(subprocess, "Popen", None)
     done = here(*BASE, "shards=nowhere", *typed, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_the_processes_read_is_the_command_s(monkeypatch, tmp_path):
+    """Stage by stage: a stage's own steps reach the trainer by reference, and free text stays text."""
+    told = {}
+    monkeypatch.setattr(Launcher, "run", lambda self, job, *_: told.update(json.loads(json.dumps(job, default=str))))
+    monkeypatch.setattr(training, "check", lambda config: told.update(ours=config))
+    typed = ["experiment=quickstart", "trainer.devices=2", "stages.autoencoder.max_steps=7", "name=50 % of ${x}"]
+    assert here(*typed, cwd=tmp_path).returncode == 0
+    theirs = OmegaConf.create(told["config"])
+    for stage in ("autoencoder", None):
+        ours, read = (Stages(c).configured(stage) if stage else c for c in (told["ours"], theirs))
+        assert plain(ours) == plain(read)
+    assert Stages(theirs).configured("autoencoder").trainer.max_steps == 7
 
 
 def test_torchrun_starts_its_own_again(tmp_path):

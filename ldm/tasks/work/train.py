@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import as_literal, build
 from ldm.checkpoints.components import check_adapters
@@ -47,7 +47,8 @@ def train(config: DictConfig) -> dict[str, float]:
     launcher: Launcher = build(config.launcher, "launcher") or Launcher()
     if not launch().by and (wanted > 1 or launcher.max_restarts):
         arm = Arm.current()
-        job = {"config": plain(config), "arm": arm and asdict(arm), "folders": looked_in()}
+        said = OmegaConf.to_container(config)  # with its references: a stage changes what they refer to
+        job = {"config": said, "arm": arm and asdict(arm), "folders": looked_in()}
         return launcher.run(job, wanted, devices)
     if launcher.max_restarts and launch().by != "launcher":
         raise ConfigError(
