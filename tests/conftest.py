@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from loader_data import dataset
 from tiny_run import make_tiny_run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)  # without workers (-n 0) torch is there already; forked ranks hang beside its threads
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from commands import ENVIRONMENT, metrics
 from few import SHORT, make_pictures, run
 from PIL import Image
-from ranks import command, on_ranks
+from ranks import command, free_port, on_ranks
 from safetensors.torch import load_file
 from tiny_training import make_data
 
@@ -41,16 +41,14 @@ def test_draws_depend_on_the_position_alone():
 @pytest.mark.slow
 def test_two_processes_are_one_that_accumulates_two(tmp_path):
     _, _, latents = make_data(tmp_path)
-    port = socket.socket()
-    port.bind(("127.0.0.1", 0))
-    number = port.getsockname()[1]
-    port.close()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={number}"]
+    script = Path(__file__).parents[2] / "experiments/011_launching/torchrun_many_hosts.sh"
+    environment = {**ENVIRONMENT, "HOSTS": "1", "FIRST": "127.0.0.1", "PROCESSES": "2", "PORT": str(free_port())}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = ["-m", "ldm.run", *BASE, f"shards={latents}"]
     two = subprocess.run(
-        [*launch, *run, "trainer=ddp", "trainer.accelerator=cpu", "name=two"],
+        ["bash", str(script), *run[2:], "trainer.accelerator=cpu", "name=two"],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=200,

@@ -1,12 +1,11 @@
 """Lightning's own callbacks and loops find what a run logs, and may end it."""
 
 import json
-import subprocess
-import sys
 
 import lightning as L
 import pytest
-from commands import ENVIRONMENT, metrics
+from commands import metrics
+from ranks import command, on_ranks
 from tiny_training import Killed, Spy, config, make_data, train_watched
 
 import ldm.training.run.fit as training_run
@@ -135,13 +134,13 @@ def test_no_checkpoint_callback_means_none_and_the_old_key_is_no_obstacle(data, 
 
 
 def test_two_processes_stop_at_the_same_step_from_the_command_line(data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ldm.run"]
-    command += ["model=unet_tiny", "text_encoder=small_tiny", "autoencoder=kl_tiny", "trainer=ddp", "logger=none"]
-    command += [f"shards={data[2]}", "trainer.accelerator=cpu", "batch_size=2", "name=two", *BASE, STOP]
-    command += ["callbacks.samples=null", "callbacks.jump_to_x0=null"]
-    for said in ("trained to step 6", "was finished before, at step 6"):
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0 and said in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
-    assert status(tmp_path / "outputs/two")["stopped_early"] is True
+    typed = ["model=unet_tiny", "text_encoder=small_tiny", "autoencoder=kl_tiny", "trainer=ddp", "logger=none"]
+    typed += [f"shards={data[2]}", "trainer.accelerator=cpu", "batch_size=2", "name=two", *BASE, STOP]
+    typed += ["callbacks.samples=null", "callbacks.jump_to_x0=null"]
+    run, written = tmp_path / "outputs/two", []
+    for _ in range(2):  # the second time it was finished before
+        ranks = on_ranks(command(*typed, cwd=tmp_path))
+        assert [r.code for r in ranks] == [0, 0], ranks[0].err[-2000:]
+        assert status(run)["stopped_early"] is True and status(run)["step"] == 6
+        written.append((run / "events.jsonl").read_text())
+    assert written[0] == written[1] and max(metrics(run)) == 6

@@ -1,16 +1,16 @@
-"""The launch scripts of experiments/011, run by bash with SLURM's programs, and python's, replaced by recorders."""
+"""The launch scripts of experiments/011, run by bash with SLURM's programs, and python's, replaced by recorders.
+
+torchrun's script is run for real by test_ddp.py.
+"""
 
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import ENVIRONMENT, metrics, wait_for
-from ranks import free_port
-from tiny_training import TINY, make_data
+from commands import ENVIRONMENT, wait_for
 
 SCRIPTS = Path(__file__).parents[2] / "experiments/011_launching"
 RECORD = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0") $*" >> "$RECORD"\n'
@@ -89,17 +89,3 @@ def test_the_kubernetes_job_is_torchrun_in_every_pod():
         (container,) = pod["template"]["spec"]["containers"]
         assert container["name"] == "pytorch"  # the operator looks for it
         assert container["command"] == ["torchrun", "-m", "ldm.run"] and "trainer=ddp" in container["args"]
-
-
-@pytest.mark.slow
-def test_torchrun_on_two_hosts(tmp_path):
-    """Two agents of one process each meet at the first one's address, as on two hosts."""
-    latents = make_data(tmp_path)[2]
-    typed = [*(t for t in TINY if not t.startswith("trainer")), "trainer.accelerator=cpu", f"shards={latents}"]
-    typed += ["max_steps=2", "name=x", "callbacks.samples=null", "callbacks.jump_to_x0=null", f"outputs={tmp_path}"]
-    environment = {**ENVIRONMENT, "HOSTS": "2", "FIRST": "127.0.0.1", "PROCESSES": "1", "PORT": str(free_port())}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    asked = ["bash", str(SCRIPTS / "torchrun_many_hosts.sh"), *typed]
-    hosts = [subprocess.Popen(asked, cwd=tmp_path, env=environment) for _ in range(2)]
-    assert [host.wait(timeout=120) for host in hosts] == [0, 0]
-    assert len([row for row in metrics(tmp_path / "x").values() if "train/loss" in row]) == 2
