@@ -26,6 +26,8 @@ from ldm.training.distributed.sharded import cut
 from ldm.training.ema import EMA
 
 pytestmark = pytest.mark.slow
+QUIET = ["callbacks.validation=null", "callbacks.jump_to_x0=null", "callbacks.samples=null"]
+SHORT = ["max_steps=2", "batch_size=1", *QUIET]
 BASE = [t for t in TINY if not t.startswith(("trainer", "batch_size"))] + ["trainer.accelerator=cpu"]
 
 
@@ -89,7 +91,7 @@ def test_shares_train_as_whole_models_do(data, tmp_path):
     ids=["muon", "power", "no text"],
 )
 def test_of_all_kinds(data, tmp_path, overrides):
-    typed = [*overrides, "max_steps=4", "batch_size=2", "callbacks.snapshots.every_n_steps=2"]
+    typed = [*overrides, *QUIET, "max_steps=4", "batch_size=2", "callbacks.snapshots.every_n_steps=2"]
     assert_same(*(trained(tmp_path, data, name, 2, *typed, f"trainer={name}") for name in ("ddp", "fsdp")))
     if "ema=power" in overrides:
         a, b = (sorted((tmp_path / name / "averages").glob("*.safetensors")) for name in ("ddp", "fsdp"))
@@ -106,14 +108,14 @@ def test_a_loss_term_with_weights_is_cut_too(data, tmp_path):
     typed += ["module.losses.alignment.width=64", "module.losses.alignment.projector_width=16", "batch_size=2"]
     images = (data[0], data[0])
     autoencoder = f"checkpoint={data[0].parent}/autoencoder"
-    runs = [trained(tmp_path, images, n, 2, *typed, autoencoder, *SHORT[2:], f"trainer={n}") for n in ("ddp", "fsdp")]
+    runs = [trained(tmp_path, images, n, 2, *typed, autoencoder, *QUIET, f"trainer={n}") for n in ("ddp", "fsdp")]
     assert_same(*runs)
     assert (all_folders(runs[1])[-1] / "loss_alignment.ema.safetensors").is_file()
 
 
 def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(data, tmp_path):
     """And so does one of whole models in shares: the global batch is the same, so the run is."""
-    typed = ["callbacks.checkpoints.every_n_steps=3", "lr_scheduler=constant", "optimizer=muon"]
+    typed = [*QUIET, "callbacks.checkpoints.every_n_steps=3", "lr_scheduler=constant", "optimizer=muon"]
     for steps, world, batch, how in ((3, 4, 1, "fsdp"), (6, 2, 2, "fsdp"), (9, 1, 2, "debug"), (12, 2, 1, "fsdp")):
         run = [f"max_steps={steps}", f"batch_size={batch}", f"accumulate={4 // world // batch}", f"trainer={how}"]
         if world > 1:
@@ -173,10 +175,6 @@ def test_a_process_holds_its_share(data, tmp_path, monkeypatch):
             assert mine <= 0.3 * all_of_it, (kind, mine, all_of_it)
     for kind in ("weights", "moments", "average", "gradients"):  # nothing twice, nothing lost
         assert sum(r.value[kind][0] for r in ranks) == ranks[0].value[kind][1], kind
-
-
-SHORT = ["max_steps=2", "batch_size=1", "callbacks.validation=null", "callbacks.jump_to_x0=null"]
-SHORT += ["callbacks.samples=null"]
 
 
 def test_the_plan_is_what_a_step_takes_at_most():
