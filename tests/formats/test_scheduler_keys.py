@@ -184,7 +184,8 @@ def compare(name, said, n):
         return None if expected is None or refused(name, said) else f"refused: {error}"
     if expected is None or not expected.isfinite().all():
         return None if reached.isfinite().all() else "not finite"
-    # float32 tables of theirs: 2.1e-5 on some processors; ill-conditioned at cosine's end, and in DEIS' third order where steps are short.
+    # float32 tables of theirs, 2.1e-5 off on some processors: ill-conditioned
+    # at cosine's end, and in DEIS' third order where steps are short.
     loose = said.get("beta_schedule") == "squaredcos_cap_v2" or said.get("solver_order") == 3
     far = ((reached - expected).abs().max() / expected.abs().max()).item()
     # Grids that cut off: an entry that is 8.99995 in float64 is 9.00016 in float32.
