@@ -5,17 +5,30 @@ python experiments/008_processes/hosts.py [FOLDER]    as root: hosts are network
 
 from __future__ import annotations
 
-import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from run import DDP, ENVIRONMENT, HERE, HOSTS, make_hosts, remove_hosts, scalars, torchrun, wait, when_training, workers
+from run import (
+    DDP,
+    ENVIRONMENT,
+    HERE,
+    HOSTS,
+    emptied,
+    make_hosts,
+    remove_hosts,
+    scalars,
+    torchrun,
+    wait,
+    when_training,
+    workers,
+    write,
+)
 
 TINY = ["model=unet_tiny", "text_encoder=small_tiny", "autoencoder=kl_tiny", "source=shapes", "max_steps=50"]
 TINY += [
@@ -51,10 +64,7 @@ def main() -> None:
     base = [*TINY, f"shards={latents}"]
     table = []
 
-    def fresh(name: str) -> Path:
-        shutil.rmtree(root / name, ignore_errors=True)
-        (root / name).mkdir(parents=True)
-        return root / name
+    fresh = partial(emptied, root)
 
     def row(case: str, folder: Path, codes: str, started: float) -> None:
         run, found = folder / "outputs/run", {}
@@ -88,10 +98,7 @@ def main() -> None:
     first = wait(jobs)
     row("the same, one host killed, and again", folder, f"{first}, {wait(torchrun(folder, many, [2, 2]))}", started)
     remove_hosts()
-    with (HERE / "hosts.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in table for k in r)))
-        writer.writeheader()
-        writer.writerows(table)
+    write(table, HERE / "hosts.csv")
 
 
 if __name__ == "__main__":

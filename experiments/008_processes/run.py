@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ def when_training(folder: Path, steps: int = 7) -> None:
         time.sleep(0.2)
 
 
+def emptied(root: Path, name: str) -> Path:
+    shutil.rmtree(root / name, ignore_errors=True)
+    (root / name).mkdir(parents=True)
+    return root / name
+
+
+def write(table: Sequence[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in table for k in r)))
+        writer.writeheader()
+        writer.writerows(table)
+
+
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
     make_hosts()
@@ -146,11 +160,7 @@ def main() -> None:
         table.append({"case": case, "exit": codes, "seconds": seconds, **more, "said": lines(folder)})
         print(table[-1], flush=True)
 
-    def fresh(name: str) -> Path:
-        shutil.rmtree(root / name, ignore_errors=True)
-        (root / name).mkdir(parents=True)
-        return root / name
-
+    fresh = partial(emptied, root)
     ones = {}
     for accumulate in (2, 4):
         folder, started = fresh(f"one-{accumulate}"), time.time()
@@ -212,10 +222,7 @@ def main() -> None:
     differ = furthest(scalars(undisturbed / "outputs/run"), scalars(folder / "outputs/run"))
     row("a killed rank, --max-restarts=2", started, codes, folder, **{"losses differ by": differ})
     remove_hosts()
-    with (HERE / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(k for r in table for k in r)))
-        writer.writeheader()
-        writer.writerows(table)
+    write(table, HERE / "results.csv")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests/support"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from commands import metrics  # noqa: E402
 from ranks import free_port  # noqa: E402
@@ -41,15 +42,6 @@ from ldm.training.run.fit import train_run  # noqa: E402
 FORK = multiprocessing.get_context("fork")
 STEPS = ["max_steps=12", "callbacks.checkpoints.every_n_steps=3", "callbacks.validation.every_n_steps=3"]
 STEPS += ["callbacks.jump_to_x0=null", "callbacks.samples.every_n_steps=6", "lr_scheduler=constant"]
-
-
-class Patch:
-    """What `watched` asks of pytest's monkeypatch."""
-
-    def context(self) -> Any:
-        from pytest import MonkeyPatch
-
-        return MonkeyPatch.context()
 
 
 class Deadly(Spy):
@@ -77,7 +69,7 @@ def start(settings: dict[str, Any], folder: Path, world: int, spy: Any = None, b
             before()
         code = 1
         try:
-            with watched(Patch(), spy or Spy()), processes.together(20):
+            with watched(pytest.MonkeyPatch, spy or Spy()), processes.together(20):
                 train_run(settings, lambda digest: folder)
             code = 0
         except BaseException as error:

@@ -56,10 +56,11 @@ class Content:
         found |= {f"{name}.ema.safetensors": tensors for name, tensors in self.averages.items()}
         return found | ({STATE: self.of_state} if self.of_state else {})
 
-    def linked(self, previous: Path | None) -> list[str]:
-        """The files that the folder before has already."""
+    def linked(self, previous: Path | None) -> dict[str, Any]:
+        """The files that the folder before has already, as its manifest lists them."""
         there = read_manifest(previous)["files"] if previous and self.frozen else {}
-        return [file for name in self.frozen if (file := f"{name}.safetensors") in there and name in self.parts]
+        files = [f"{name}.safetensors" for name in self.frozen if name in self.parts]
+        return {file: there[file] for file in files if file in there}
 
     def take_copies(self, copy: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         """From here on what is written is copies, as all is now: of what training changes."""
@@ -84,12 +85,10 @@ def write(folder: Path, content: Content, step: int, previous: Path | None = Non
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    known: dict[str, Any] = {}
-    linked = content.linked(previous)
+    known = content.linked(previous)
     for file, tensors in content.files().items():
-        if previous is not None and file in linked:
+        if previous is not None and file in known:
             _link(previous / file, part / file)
-            known[file] = read_manifest(previous)["files"][file]
         else:
             (part / file).parent.mkdir(exist_ok=True)
             save_tensors(tensors, part / file)
@@ -115,9 +114,8 @@ def take_parts(folder: Path, names: Sequence[str], target: Path) -> None:
 
 def with_averages(folder: Path, averages: Mapping[str, State], target: Path) -> None:
     """A checkpoint folder with other averaged weights, all else linked, to draw and evaluate with: it has no state."""
-    _derive(
-        folder, lambda file: not file.startswith("state") and not file.endswith(".ema.safetensors"), target, averages
-    )
+    stateful = ("state.pt", STATE)
+    _derive(folder, lambda file: file not in stateful and not file.endswith(".ema.safetensors"), target, averages)
 
 
 def _derive(

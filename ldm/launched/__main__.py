@@ -11,6 +11,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from ldm.atomic import atomic_write
 from ldm.launch import HANDED, PARENT
 
 
@@ -34,9 +35,8 @@ def main() -> None:
     except BaseException as error:
         traceback.print_exc()
         ending = Ending(1, f"{type(error).__name__}: {error}", final=False)
-    part = Path(os.environ[HANDED] + ".part")
-    part.write_text(json.dumps({**asdict(ending), "metrics": metrics}))
-    part.rename(os.environ[HANDED])
+    with atomic_write(Path(os.environ[HANDED])) as part:
+        part.write_text(json.dumps({**asdict(ending), "metrics": metrics}))
     sys.stdout.flush()
     sys.exit(ending.code)
 

@@ -1,4 +1,4 @@
-"""Pictures for short runs."""
+"""Pictures and latents for short runs."""
 
 import pytest
 from PIL import Image, ImageDraw
@@ -14,3 +14,11 @@ def pictures(tmp_path_factory):
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"a photo of a very red cat, number {i}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Latent shards of shapes. Never write in them."""
+    from tiny_training import make_data  # what it imports takes seconds
+
+    return make_data(tmp_path_factory.mktemp("data"))[2]

@@ -3,18 +3,13 @@
 import pytest
 import torch
 from commands import metrics
-from tiny_training import Spy, config, make_data, train_watched
+from tiny_training import Spy, config, train_watched
 
 from ldm.checkpoints.folder import all_folders
 from ldm.sampling import Request, Sampler
 from ldm.training.run.fit import train_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))[2]
 
 
 def train(latents, path, *overrides):

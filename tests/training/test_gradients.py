@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from commands import metrics
 from ranks import on_ranks
-from tiny_training import Spy, config, fingerprint, make_data, train_watched
+from tiny_training import Spy, config, fingerprint, train_watched
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ldm.checkpoints.folder import all_folders
@@ -14,11 +14,6 @@ from ldm.training.distributed import processes, strategy
 from ldm.training.distributed.strategy import DataParallel
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))[2]
 
 
 class Seen(Spy):

@@ -12,7 +12,7 @@ import pytest
 from commands import ENVIRONMENT, here, metrics, start, wait_for
 from omegaconf import OmegaConf
 from ranks import command, on_ranks
-from tiny_training import TINY, make_data
+from tiny_training import TINY
 
 import ldm.tasks.work.train as training
 from ldm.checkpoints.folder import all_folders
@@ -24,11 +24,6 @@ from ldm.training.distributed.strategy import local_processes
 
 BASE = [t for t in TINY if not t.startswith("trainer")] + ["trainer.accelerator=cpu", "trainer.devices=2"]
 BASE += ["callbacks.samples=null", "callbacks.jump_to_x0=null", "lr_scheduler=constant"]
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))[2]
 
 
 def children(pid: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 from commands import metrics
-from tiny_training import config, make_data
+from tiny_training import config
 
 from ldm.analysis import Run
 from ldm.training import totals
@@ -10,11 +10,6 @@ from ldm.training.learning_rate import constant, cosine
 from ldm.training.run.fit import train_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))[2]
 
 
 def test_the_learning_rate_of_a_step_is_the_one_it_was_made_with(latents, tmp_path):

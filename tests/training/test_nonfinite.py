@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from ranks import on_ranks
-from tiny_training import Spy, config, fingerprint, make_data, train_watched
+from tiny_training import Spy, config, fingerprint, train_watched
 
 from ldm.checkpoints.folder import all_folders
 from ldm.training.distributed import processes
@@ -13,11 +13,6 @@ from ldm.training.module import Diverged
 from ldm.training.run.fit import train_run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))[2]
 
 
 class Poison(Spy):

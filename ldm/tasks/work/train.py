@@ -41,9 +41,10 @@ def train(config: DictConfig) -> dict[str, float]:
         config.stages = {}
     settle_sampling(config)
     check(config)
-    check_trainer(plain(config.trainer))
+    trainer = plain(config.trainer)
+    check_trainer(trainer)
     check_shares(plain(config))
-    wanted, devices = local_processes(plain(config.trainer))
+    wanted, devices = local_processes(trainer)
     launcher: Launcher = build(config.launcher, "launcher") or Launcher()
     if not launch().by and (wanted > 1 or launcher.max_restarts):
         arm = Arm.current()
@@ -55,7 +56,7 @@ def train(config: DictConfig) -> dict[str, float]:
             f"launcher.max_restarts={launcher.max_restarts}: {launch().by} started these processes, and starts them "
             "again (exit code 75: the same command goes on). Leave it out."
         )
-    with processes.together(timeout_of(plain(config.trainer))):
+    with processes.together(timeout_of(trainer)):
         check_hosts(plain(config))
         return _train(config)
 

@@ -81,6 +81,7 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         self.keep_best, self.best, self.keep_every_n_images = keep_best, best, keep_every_n_images
         self._values: dict[int, float] = {}  # of keep_best, by step
         self.signals_every_n_steps, self.in_background, self.max_hours = signals_every_n_steps, in_background, max_hours
+        self._io: FolderCheckpointIO | None = None  # None: another one, of a plain script
         self._signal = 0
         self._saved = 0  # the step
         self._complete = False  # the newest checkpoint is the run's end, before max_steps
@@ -92,8 +93,9 @@ class Checkpoints(WritesIntoRun, Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
-        self._io = trainer.strategy.checkpoint_io
-        if isinstance(self._io, FolderCheckpointIO):
+        io = trainer.strategy.checkpoint_io
+        self._io = io if isinstance(io, FolderCheckpointIO) else None
+        if self._io is not None:
             self._io.in_background = self.in_background
         trainer.should_stop = trainer.should_stop or self._complete
         # The handler only sets a flag: collectives inside handlers deadlock when one rank alone gets the signal.
@@ -111,7 +113,7 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         asks = due or collectives.size() == 1 or step % self.signals_every_n_steps == 0
         # The signal that any process has had: all stop at the same step.
         number = collectives.highest(self._signal or self._out_of_time()) if asks else 0
-        if isinstance(self._io, FolderCheckpointIO):
+        if self._io is not None:
             self._io.check()  # a full disk ends the run at the next step
         if number or due:
             folder = self._save(trainer)
@@ -151,14 +153,14 @@ class Checkpoints(WritesIntoRun, Checkpoint):
                 if self.run_directory is not None:
                     self.run_directory.set_status("running", step)
 
-            if isinstance(self._io, FolderCheckpointIO):
+            if self._io is not None:
                 self._io.afterwards(written)
             else:
                 written()
         return folder
 
     def _wait(self) -> None:
-        if isinstance(self._io, FolderCheckpointIO):
+        if self._io is not None:
             self._io.wait()
 
     def _out_of_time(self) -> int:
