@@ -15,7 +15,6 @@ from ldm.training.ema import EMA
 from ldm.training.losses.reconstruction import Reconstruction
 from ldm.training.losses.term import PictureTerm
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
-from ldm.training.randomness import normal
 
 
 class AutoencoderTraining(TrainedModule):
@@ -58,7 +57,7 @@ class AutoencoderTraining(TrainedModule):
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
         positions = self.draws.positions(batch_idx, len(images))
-        eps = normal(posterior.mean.shape[1:], self.draws.seed, "posterior", self.global_step, positions)
+        eps = self.draws.normal(posterior.mean.shape[1:], "posterior", self.global_step, positions)
         values = self._losses(self.autoencoder.decode(posterior.sample(beside(eps, images))), images)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
         loss = self.weighed(values) + regulariser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -32,7 +32,7 @@ from ldm.training.losses.denoising import Denoising
 from ldm.training.losses.term import LossTerm, Step, check_layers, hidden_states
 from ldm.training.masks import RandomMasks
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
-from ldm.training.randomness import normal, stratified, uniform
+from ldm.training.randomness import stratified, uniform
 from ldm.training.run.class_images import ClassImages
 from ldm.training.totals import bin_times, binned
 
@@ -137,7 +137,7 @@ class LatentDiffusion(TrainedModule):
         for term in self.terms.values():
             term.start()
 
-    def latents(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor:
+    def latents(self, batch: dict[str, Any], purpose: str, step: int, positions: Sequence[int]) -> Tensor:
         """x0 of a batch, (B,C,h,w): a sample of the posterior, standardised; from the cache where there is one."""
         with torch.no_grad():
             if "latent" in batch:
@@ -146,12 +146,12 @@ class LatentDiffusion(TrainedModule):
                 posterior = self.autoencoder.encode(to_unit(batch["image"]))
             return self._sampled(posterior, purpose, step, positions)
 
-    def _sampled(self, posterior: Posterior, purpose: str, step: int, positions: list[int]) -> Tensor:
-        eps = normal(posterior.mean.shape[1:], self.draws.seed, purpose, step, positions)
+    def _sampled(self, posterior: Posterior, purpose: str, step: int, positions: Sequence[int]) -> Tensor:
+        eps = self.draws.normal(posterior.mean.shape[1:], purpose, step, positions)
         return self.autoencoder.latents.standardise(posterior.sample(beside(eps, posterior.mean)))
 
     @torch.no_grad()
-    def masked(self, batch: dict[str, Any], purpose: str, step: int, positions: list[int]) -> Tensor | None:
+    def masked(self, batch: dict[str, Any], purpose: str, step: int, positions: Sequence[int]) -> Tensor | None:
         """(B,1+C,h,w) of masks and masked pictures' latents (Rombach et al. 2022, Section 4.5); None without masks."""
         if self.masks is None:
             return None
@@ -175,12 +175,12 @@ class LatentDiffusion(TrainedModule):
         """What validation and the pictures on the way go by: the first template."""
         return captions if self.templates is None else self.templates.first(captions)
 
-    def _captions(self, captions: list[str], prefix: str, step: int, positions: list[int]) -> list[str]:
+    def _captions(self, captions: list[str], prefix: str, step: int, positions: Sequence[int]) -> list[str]:
         """Some captions become the empty one."""
         dropped = uniform(self.draws.seed, f"{prefix}caption_dropout", step, positions) < self.caption_dropout
         return ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
 
-    def _noise(self, shape: torch.Size, prefix: str, step: int, pairs: list[int]) -> tuple[Tensor, Tensor]:
+    def _noise(self, shape: torch.Size, prefix: str, step: int, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(B,) draws of times in (0, 1) and (B,C,h,w) noise."""
         seed = self.draws.seed
         if self.times.stratified:
@@ -188,7 +188,7 @@ class LatentDiffusion(TrainedModule):
             t_draws = stratified(seed, f"{prefix}times", step, pairs, total)
         else:
             t_draws = uniform(seed, f"{prefix}times", step, pairs)
-        return t_draws, normal(shape, seed, f"{prefix}noise", step, pairs)
+        return t_draws, self.draws.normal(shape, f"{prefix}noise", step, pairs)
 
     def predict(self, x0: Tensor, cond: Condition, t_draws: Tensor, eps: Tensor) -> Prediction:
         """One pass over noised latents, (N,C,h,w), at the levels that draws of times in (0, 1) name, (N,)."""
@@ -203,7 +203,7 @@ class LatentDiffusion(TrainedModule):
             captions = self.templates.drawn(captions, uniform(seed, "template", step, positions).tolist())
         captions = self._captions(captions, "", step, positions)
         x0 = self.latents(batch, "posterior", step, positions)
-        pairs = [p * n + i for p in positions for i in range(n)]
+        pairs = range(positions.start * n, positions.stop * n)
         t_draws, eps = self._noise(x0.shape[1:], "", step, pairs)
         if of_class is not None:  # the same of the class pictures, behind them in one batch
             moments, class_captions = of_class.drawn(seed, step, positions)
@@ -242,7 +242,7 @@ class LatentDiffusion(TrainedModule):
         val/gaussian_loss is the smallest loss of whoever knows the latents' mean and variance only; what the model is
         below it, it has learnt about pictures.
         """
-        captions, seed = self.described(batch["caption"]), self.draws.seed
+        captions = self.described(batch["caption"])
         # The loader deals whole batches to ranks in turn, so the index is the sample's own.
         positions = batch["index"]
         x0 = self.latents(batch, "validation_posterior", 0, positions)
@@ -252,7 +252,7 @@ class LatentDiffusion(TrainedModule):
         for i, time in enumerate(bin_times()):
             t = torch.full((len(x0),), time, dtype=torch.float64)
             level = self.denoiser.scheduler.level(self.denoiser.scheduler.snap(t)).to(x0.device)
-            eps = beside(normal(x0.shape[1:], seed, f"validation_noise_{i}", 0, positions), x0)
+            eps = beside(self.draws.normal(x0.shape[1:], f"validation_noise_{i}", 0, positions), x0)
             prediction = predict(self.denoiser, x0, cond, level, eps)
             losses.append(prediction.loss(self.weighting))
             alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)

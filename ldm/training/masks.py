@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class RandomMasks:
         self.whole, self.strokes, self.most = whole, strokes, most
 
     def __call__(
-        self, height: int, width: int, seed: int, purpose: str, step: int, positions: list[int]
+        self, height: int, width: int, seed: int, purpose: str, step: int, positions: Sequence[int]
     ) -> Tensor:  # -> (B,1,H,W), 1 is repainted
         return torch.stack([self._one(height, width, generator(seed, purpose, step, p)) for p in positions])
 

@@ -7,7 +7,9 @@ process accumulating two.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +36,32 @@ def normal(shape: Sequence[int], seed: int, purpose: str, step: int, positions: 
     for row, position in zip(out, positions, strict=True):
         row.normal_(generator=generator(seed, purpose, step, position))
     return out
+
+
+class Ahead:
+    """`normal`, whose next values a thread draws while a step is computed.
+
+    A pure function's values may be made early: what was not guessed right is drawn when it is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "noise")
+        self._begun: dict[str, tuple[tuple[Any, ...], Future[Tensor]]] = {}  # by purpose
+
+    def normal(
+        self, shape: Sequence[int], seed: int, purpose: str, place: tuple[int, range], following: tuple[int, range]
+    ) -> Tensor:
+        """Of the (step, positions) `place`; those of `following` are begun."""
+        key, future = self._begun.pop(purpose, (None, None))
+        asked = (tuple(shape), seed, purpose, *place)
+        drawn = future.result() if future is not None and key == asked else normal(*asked)
+        after = (tuple(shape), seed, purpose, *following)
+        self._begun[purpose] = (after, self._thread.submit(normal, *after))
+        return drawn
+
+
+ahead = Ahead()
+os.register_at_fork(after_in_child=lambda: ahead.__init__())  # type: ignore[misc]  # threads do not fork
 
 
 def uniform(seed: int, purpose: str, step: int, positions: Sequence[int]) -> Tensor:
@@ -66,10 +94,24 @@ class Draws(Geometry):
             )
         return cls(**asdict(geometry), seed=seed)
 
-    def positions(self, batch_index: int, n: int) -> list[int]:
+    def positions(self, batch_index: int, n: int) -> range:
         """Positions in the global batch of a micro-batch of n samples."""
         first = self.rows(batch_index % self.accumulate).start
-        return list(range(first, first + n))
+        return range(first, first + n)
+
+    def following(self, step: int, positions: range) -> tuple[int, range]:
+        """(step, positions) of this process's next micro-batch, as large as this one."""
+        n = len(positions)
+        first = positions.start + n * self.world_size
+        if first >= n * self.accumulate * self.world_size:
+            step, first = step + 1, n * self.rank
+        return step, range(first, first + n)
+
+    def normal(self, shape: Sequence[int], purpose: str, step: int, positions: Sequence[int]) -> Tensor:
+        """`normal` of this seed. Of a stretch of positions, which training has, a thread begins the next one."""
+        if not isinstance(positions, range):
+            return normal(shape, self.seed, purpose, step, positions)
+        return ahead.normal(shape, self.seed, purpose, (step, positions), self.following(step, positions))
 
     def reseed_layers(self, step: int, batch_index: int) -> None:
         """Seeds torch's global generator, which only dropout layers use, by the micro-batch's place in the step."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_training import make_data
 
 from ldm.checkpoints.folder import all_folders
-from ldm.training.randomness import Draws, normal, stratified, uniform
+from ldm.training.randomness import Draws, ahead, normal, stratified, uniform
 
 BASE = ["model=unet_tiny", "text_encoder=small_tiny", "autoencoder=kl_tiny", "max_steps=6", "batch_size=4"]
 BASE += ["callbacks.losses.every_n_steps=1", "callbacks.validation.every_n_steps=3", "data.validation_samples=4"]
@@ -36,6 +36,24 @@ def test_draws_depend_on_the_position_alone():
     t = stratified(0, "times", 5, range(64), 64)
     assert torch.equal((t * 64).floor().sort().values, torch.arange(64, dtype=torch.float64))
     assert not torch.equal(t, stratified(0, "times", 6, range(64), 64))
+
+
+def test_noise_drawn_ahead_is_the_noise_and_is_guessed_right(monkeypatch):
+    """A step asks for what the thread has begun: of the next micro-batch, step and share, whatever the geometry."""
+    asked = []
+    real = ahead._thread.submit
+    monkeypatch.setattr(ahead._thread, "submit", lambda draw, *args: asked.append(args) or real(draw, *args))
+    for draws in (Draws(batch_size=2, accumulate=2, rank=1, world_size=2, seed=3), Draws(batch_size=3, seed=1)):
+        for batch in range(5):
+            step, positions = batch // draws.accumulate, draws.positions(batch, draws.batch_size)
+            pairs = range(positions.start * 2, positions.stop * 2)
+            made = draws.normal((4, 2, 2), "noise", step, pairs)
+            assert torch.equal(made, normal((4, 2, 2), draws.seed, "noise", step, pairs))
+            if batch:
+                assert asked[-2] == ((4, 2, 2), draws.seed, "noise", step, pairs)
+    begun = len(asked)
+    assert torch.equal(draws.normal((3,), "noise", 0, [5, 2]), normal((3,), 1, "noise", 0, [5, 2]))  # validation's
+    assert len(asked) == begun
 
 
 @pytest.mark.slow
