@@ -31,6 +31,7 @@ ROOMS = [
     "ldm.config.choices",
     "ldm.allowed",
     "ldm.formats",
+    "ldm.features",
     "ldm.checkpoints",
     "ldm.pipeline",
     "ldm.training",

@@ -16,6 +16,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +30,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from commands import metrics  # noqa: E402
+from commands import children, lives, metrics, wait_for  # noqa: E402
+from commands import start as started_command  # noqa: E402
 from ranks import free_port  # noqa: E402
-from tiny_training import Spy, config, fingerprint, make_data, watched  # noqa: E402
+from tiny_training import TINY, Spy, config, fingerprint, make_data, watched  # noqa: E402
 
 from ldm.checkpoints.folder import all_folders, find, newest, verify  # noqa: E402
 from ldm.errors import ConfigError  # noqa: E402
@@ -256,6 +258,37 @@ def signals(root: Path, latents: Path, times: int) -> list[dict[str, Any]]:
     return rows
 
 
+def signals_to_commands(root: Path, latents: Path, times: int) -> list[dict[str, Any]]:
+    """A signal to `ldm.run trainer.devices=2` and, every second time, to one of its processes: the same is asked."""
+    rows, chance = [], random.Random(3)
+    typed = [t for t in TINY if not t.startswith("trainer")] + ["trainer.accelerator=cpu", "trainer.devices=2"]
+    typed += ["callbacks.samples=null", "callbacks.jump_to_x0=null", "callbacks.validation=null", f"shards={latents}"]
+    typed += ["lr_scheduler=constant", "max_steps=100000", "callbacks.checkpoints.every_n_steps=50"]
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)):
+        run, bad, slowest = root / f"outputs/launched-{number}", 0, 0.0
+        for i in range(times):
+            before = run / "metrics.jsonl"
+            size = before.stat().st_size if before.is_file() else 0
+            process = started_command(*typed, f"name={run.name}", cwd=root)
+            wait_for(lambda before=before, size=size: before.is_file() and before.stat().st_size > size)
+            pids = children(process.pid)
+            time.sleep(chance.random() * 0.3)
+            began = time.monotonic()
+            os.kill([process.pid, pids[i // 2 % 2]][i % 2], number)
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            slowest = max(slowest, time.monotonic() - began)
+            status = json.loads((run / "status.json").read_text())
+            saved = int(all_folders(run)[-1].name.split("-")[1])
+            wrong = process.returncode != code or any(map(lives, pids)) or saved != status["step"]
+            bad += wrong or verify(all_folders(run)[-1]) is not None
+        row = {"case": f"{number.name} to the command, or one of its two", "tried": times, "bad": bad}
+        rows.append({**row, "slowest s": round(slowest, 2)})
+    return rows
+
+
 def waits(root: Path, latents: Path) -> list[dict[str, Any]]:
     """How long training stands still for a checkpoint of 100 million weights, their average and AdamW's state."""
     weights = {f"model.{i}": torch.randn(5_000_000) for i in range(20)}
@@ -291,6 +324,7 @@ def main() -> None:
         "waits": lambda: waits(root, latents),
         "damages": lambda: damages(root, latents),
         "signals": lambda: signals(root, latents, asked.signals),
+        "commands": lambda: signals_to_commands(root, latents, asked.signals),
         "points": lambda: kill_points(root, latents, asked.points),
         "saves": lambda: kills_during_saves(root, latents, asked.kills),
     }
@@ -301,12 +335,15 @@ def main() -> None:
             for row in case():
                 table.append({**row, "seconds": round(time.monotonic() - began), "torch": torch.__version__})
                 print(table[-1], flush=True)
-    if not asked.only:
-        with (HERE / "results.csv").open("w", newline="") as file:
-            columns = list(dict.fromkeys([*(k for row in table for k in row), "machine"]))
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({**row, "machine": f"{os.cpu_count()} cores, {platform.system()}"} for row in table)
+    machine = f"{os.cpu_count()} shared cores, {platform.system()}"
+    table = [{**row, "machine": machine} for row in table]
+    with (HERE / "results.csv").open(newline="") as file:  # what was not run now stays
+        done = {row["case"] for row in table}
+        table = [row for row in csv.DictReader(file) if row["case"] not in done] + table
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in table for k in row)))
+        writer.writeheader()
+        writer.writerows(table)
     shutil.rmtree(root, ignore_errors=True)
 
 

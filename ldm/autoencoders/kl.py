@@ -60,6 +60,11 @@ class Autoencoder(nn.Module):
         """The decoder's last weight: there the adversarial gradient is measured (Esser et al. 2021, eq. 7)."""
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
+    @property
+    def last_encoder_layer(self) -> nn.Parameter:
+        """The encoder's last weight: there the gradients of terms on latents are measured (Yao et al. 2025)."""
+        return self.encoder.conv_out.weight  # type: ignore[return-value]
+
     def posterior(self, moments: Tensor) -> Posterior:  # (B,MC,h,w), M of them a channel, from the encoder or a cache
         raise NotImplementedError(f"{type(self).__name__} must say what its encoder's output means.")
 

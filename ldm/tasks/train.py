@@ -59,8 +59,8 @@ class Train(Diffused, Guided, Scored, Compiled, Checkpoint, Pictures, Shards, Im
     ema: Any = group("averaged weights")
     caption_dropout: float = key(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)
     noises_per_image: int = key(1, "(t, eps) pairs drawn for each encoded image", least=1)
-    kl_weight: float = key(1e-6, "weight of the KL term (module=autoencoder)")
-    reconstruction: str = key("squared", "error of module=autoencoder: squared, absolute or both")
+    kl_weight: float = key(1e-6, "weight of the KL term (module=autoencoder)", least=0)
+    reconstruction: str = key("squared", "error of module=autoencoder: squared, absolute, both or huber")
     # --- from a model that is there
     adopt: bool | None = key(False, "the architecture is the checkpoint's; null: where checkpoint= is given")
     scheduler_config: Any = key(None, "diffusers' scheduler_config.json of an adopted checkpoint")

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.devices import beside
 from ldm.pictures import to_unit
 from ldm.training.ema import EMA
 from ldm.training.losses.reconstruction import Reconstruction
-from ldm.training.losses.term import PictureTerm
+from ldm.training.losses.term import PictureTerm, Reconstructed
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
+
+LARGEST_FACTOR = 1e4  # of an adaptive weight (Esser et al. 2021's code)
 
 
 class AutoencoderTraining(TrainedModule):
-    """Reconstruction plus what the autoencoder says against wild latents, a small KL term or a codebook's terms
-    (Rombach et al. 2022, Appendix G).
+    """The terms of `losses` plus what the autoencoder says against wild latents, a small KL term or a codebook's terms
+    (Rombach et al. 2022, Section 3.1 and Appendix G).
 
-    losses: terms by name, on the pictures that come back; perceptual and adversarial ones belong here too.
+    losses: terms by name, on the pictures that come back and their latents.
     kl_weight: per nat of an image, beside the mean over its pixels and channels.
     optimizer, lr_scheduler, ema, seed: as in `TrainedModule`.
     """
 
-    kind = "autoencoder"
+    kind, term = "autoencoder", PictureTerm
     parts = {"vae": "autoencoder"}  # noqa: RUF012 (a constant of the class)
 
     def __init__(
@@ -43,37 +45,111 @@ class AutoencoderTraining(TrainedModule):
         self.autoencoder = autoencoder
         self.take_losses(losses or {"reconstruction": Reconstruction()})
         self.kl_weight = kl_weight
-        self.count([f"train/{n}" for n in ("loss", *self.losses, *autoencoder.regulariser_names)])
+        terms = [name for term in self.logged.values() for name in term]
+        self.count([f"train/{n}" for n in ("loss", *terms, *autoencoder.regulariser_names)])
+
+    @property
+    def terms(self) -> dict[str, PictureTerm]:
+        """The loss terms by name."""
+        return cast(dict[str, PictureTerm], dict(self.losses.items()))
+
+    @property
+    def logged(self) -> dict[str, list[str]]:
+        """What each term is logged as: itself first, then what is watched of it."""
+        return {
+            name: [name + term.note, *([f"{name}_weight"] if term.adaptive else []), *term.watched]
+            for name, term in self.terms.items()
+        }
 
     @property
     def trained_parts(self) -> list[str]:
         return ["vae", *self.loss_parts]
 
-    def _losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """(B,) values of every term."""
-        return {name: term(output.float(), images) for name, term in self.losses.items()}
+    @property
+    def adversaries(self) -> dict[str, PictureTerm]:
+        """Terms with a network that is trained against the autoencoder, by the beginning of their parameters' names."""
+        return {f"losses.{name}.": term for name, term in self.terms.items() if term.adversary}
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        others = tuple(self.adversaries)
+        return {k: p for k, p in self.trained_parameters().items() if not k.startswith(others)}
+
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        of_terms = [list(term.parameters()) for term in self.adversaries.values()]
+        return [list(self.averaged_parameters().values()), *of_terms]
+
+    def own_options(self) -> dict[str, dict[str, Any]]:
+        return {start: term.options() for start, term in self.adversaries.items()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
         positions = self.draws.positions(batch_idx, len(images))
         eps = self.draws.normal(posterior.mean.shape[1:], "posterior", self.global_step, positions)
-        values = self._losses(self.autoencoder.decode(posterior.sample(beside(eps, images))), images)
-        regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = self.weighed(values) + regulariser
-        for name, value in {"loss": loss, **values, **watched}.items():
+        z = posterior.sample(beside(eps, images))
+        made = Reconstructed(images, self.autoencoder.decode(z).float(), posterior, z, self.global_step)
+        likelihood, values = self._likelihood(made)
+        regulariser, of_latents = self.autoencoder.regulariser(posterior, self.kl_weight)
+        loss = likelihood + regulariser
+        for name, term in self.terms.items():
+            if not term.likelihood:
+                loss = loss + self._beside(name, term, made, likelihood, values)
+        for name, value in {"loss": loss, **values, **of_latents}.items():
             self.totals.add(f"train/{name}", value)
         return loss.mean()
+
+    def _likelihood(self, made: Reconstructed) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) the error of the pictures, and (B,) values of its terms to log."""
+        terms = {name: term for name, term in self.terms.items() if term.likelihood}
+        values = {name: term(made) for name, term in terms.items()}
+        total = self.weighed(values)
+        for term in terms.values():
+            if (s := getattr(term, "log_variance", None)) is not None:
+                total = total / s.exp() + s
+        return total, {name + terms[name].note: value for name, value in values.items()}
+
+    def _beside(
+        self, name: str, term: PictureTerm, made: Reconstructed, likelihood: Tensor, values: dict[str, Tensor]
+    ) -> Tensor:
+        """(B,) what a term that is no error of the picture adds to the loss; into `values` what is logged of it."""
+        if made.step < term.start:  # its parameters take part all the same: processes wait for all gradients
+            return sum((0.0 * p.sum() for p in term.parameters()), likelihood.new_zeros(()))
+        value = term(made)
+        values[name + term.note] = value
+        weighed = self.losses[name].weight * value
+        if term.adaptive:
+            factor = self._factor(likelihood, value, term.adaptive)
+            values[f"{name}_weight"] = factor.expand(len(value))
+            weighed = factor * weighed
+        own = term.own(made)
+        if own is None:
+            return weighed
+        values.update(own[1])
+        return weighed + own[0]
+
+    def _factor(self, likelihood: Tensor, value: Tensor, layer: str) -> Tensor:
+        """() how much larger the likelihood's gradient is at a layer (Esser et al. 2021, Equation 7)."""
+        weight = self.autoencoder.last_layer if layer == "decoder" else self.autoencoder.last_encoder_layer
+        sizes = [torch.autograd.grad(v.mean(), weight, retain_graph=True)[0].norm() for v in (likelihood, value)]
+        return (sizes[0] / (sizes[1] + 1e-6)).clamp(0, LARGEST_FACTOR)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for term in self.terms.values():
+            if self.global_step < term.start:  # without a gradient an optimizer leaves them alone, moments too
+                for parameter in term.parameters():
+                    parameter.grad = None
 
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]
 
     def validation_values(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """val/loss is the likelihood's terms and the regulariser: what means the same all through a run."""
         images = to_unit(batch["image"])
         posterior = self.autoencoder.encode(images)
-        output = self.autoencoder.decode(posterior.mode()).float().clamp(-1, 1)
+        z = posterior.mode()
+        output = self.autoencoder.decode(z).float().clamp(-1, 1)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = self.weighed(self._losses(output, images)) + regulariser
+        loss = self._likelihood(Reconstructed(images, output, posterior, z, self.global_step))[0] + regulariser
         return {"val/loss": loss, "val/psnr": psnr(output, images), **{f"val/{n}": v for n, v in watched.items()}}
 
 

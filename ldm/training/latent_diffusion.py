@@ -47,7 +47,7 @@ class LatentDiffusion(TrainedModule):
     losses: terms by name; `train/loss_by_t` is the first one's. Usual: the denoising loss.
     """
 
-    kind = "latent_diffusion"
+    kind, term = "latent_diffusion", LossTerm
     parts: dict[str, str] = {"unet": "model", "vae": "autoencoder", "text_encoder": "text_encoder"}  # noqa: RUF012
 
     def __init__(
@@ -111,9 +111,9 @@ class LatentDiffusion(TrainedModule):
         """The loss terms by name."""
         return cast(dict[str, LossTerm], dict(self.losses.items()))
 
-    def learning_rates(self) -> dict[str, float]:
+    def own_options(self) -> dict[str, dict[str, Any]]:
         rates = {name: getattr(adapter, "lr", None) for name, adapter in self.adapters.items()}
-        return {f"adapters.{name}.": lr for name, lr in rates.items() if lr is not None}
+        return {f"adapters.{name}.": {"lr": lr} for name, lr in rates.items() if lr is not None}
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:

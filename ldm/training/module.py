@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -59,6 +59,7 @@ class TrainedModule(L.LightningModule):
     """
 
     kind: ClassVar[str]  # what stands for it in a run's name: latent_diffusion or autoencoder
+    term: ClassVar[type[nn.Module]]  # what its loss terms are
     parts: dict[str, str]
     losses: nn.ModuleDict
     totals: Totals
@@ -79,8 +80,21 @@ class TrainedModule(L.LightningModule):
     def images_per_step(self) -> int:
         return self.draws.global_batch
 
+    @classmethod
+    def check_terms(cls, terms: Mapping[str, Any]) -> None:
+        """ConfigError for a loss term that is none of this module's, or has a weight that cannot be."""
+        for name, term in terms.items():
+            if term is not None and not isinstance(term, cls.term):
+                raise ConfigError(
+                    f"module.losses.{name} ({type(term).__name__}) is no term of module={cls.kind}, whose terms are "
+                    f"{cls.term.__name__}s: leave it out of loss=."
+                )
+            if term is not None and not 0 <= cast(float, term.weight) < math.inf:
+                raise ConfigError(f"module.losses.{name}.weight={term.weight}: a number, at least 0.")
+
     def take_losses(self, terms: Mapping[str, nn.Module | None]) -> None:
         """Holds the loss terms; those that have tensors become parts of the checkpoint."""
+        self.check_terms(terms)
         self.losses = nn.ModuleDict({name: term for name, term in terms.items() if term is not None})
         if not self.losses:
             raise ConfigError("module.losses= has no term, so there is nothing to minimise: leave one of them on.")
@@ -138,7 +152,7 @@ class TrainedModule(L.LightningModule):
                 if self.ema is None:
                     yield
                 else:
-                    with self.ema.swapped(self.trained_parameters()):
+                    with self.ema.swapped(self.averaged_parameters()):
                         yield
         finally:
             self.train(was_training)
@@ -163,14 +177,22 @@ class TrainedModule(L.LightningModule):
         """Figures of a validation's result."""
         return {}
 
-    def learning_rates(self) -> dict[str, float]:
-        """Learning rates other than the optimizer's: beginning of the parameters' names -> rate."""
+    def own_options(self) -> dict[str, dict[str, Any]]:
+        """Options other than the optimizer's, lr for one: beginning of the parameters' names -> options."""
         return {}
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the trained parameters that `ema` averages, by state-dict name."""
+        return self.trained_parameters()
+
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """Trained parameters, in the sets whose gradients' norms are clipped."""
+        return [list(self.trained_parameters().values())]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self.trained_parameters().items()))
-        for start, lr in self.learning_rates().items():
-            _set_rate(optimizer, {p for name, p in self.named_parameters() if name.startswith(start)}, lr)
+        for start, options in self.own_options().items():
+            _set_options(optimizer, {p for name, p in self.named_parameters() if name.startswith(start)}, options)
         optimizer.register_load_state_dict_pre_hook(_beside_weights)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scheduler or (lambda step: 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -178,7 +200,7 @@ class TrainedModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self.draws = Draws.of(self.trainer.datamodule, self.draws.seed)  # type: ignore[attr-defined]
         if self.ema is not None:
-            self.ema.start(self.trained_parameters())
+            self.ema.start(self.averaged_parameters())
 
     def gradient_norm(self) -> Tensor:
         """() of all gradients together, on their device: equal in all processes before a step, whose sums they are."""
@@ -196,8 +218,9 @@ class TrainedModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips the norm here, because Lightning refuses fused optimizers under bf16, where nothing is scaled."""
-        trained = [p for p in self.trained_parameters().values() if p.grad is not None]
-        if not trained:  # the step is left out
+        sets = [[p for p in together if p.grad is not None] for together in self.clipped_together()]
+        sets = [together for together in sets if together]
+        if not sets:  # the step is left out
             return
         norm = self.gradient_norm()
         # A scaler leaves out what is not finite by itself, and looks for the next scale so.
@@ -205,7 +228,9 @@ class TrainedModule(L.LightningModule):
         if self.is_scaled or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
+            for together in sets:
+                own = norm if len(sets) == 1 else whole(nn.utils.get_total_norm([p.grad for p in together]))  # type: ignore[misc]
+                nn.utils.clip_grads_with_norm_(together, gradient_clip_val, own)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -213,7 +238,7 @@ class TrainedModule(L.LightningModule):
         for parameter in self.parameters():
             parameter.grad = None
         if self.ema is not None:
-            self.ema.update(self.trained_parameters())
+            self.ema.update(self.averaged_parameters())
         self.totals.end_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -253,14 +278,15 @@ def _beside_weights(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     return {**state, "state": held}
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], lr: float) -> None:
-    """Gives some of an optimizer's parameters groups of their own, like their old ones but for the learning rate."""
+def _set_options(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], options: Mapping[str, Any]) -> None:
+    """Gives some of an optimizer's parameters groups of their own, like their old ones but for options it knows."""
     for group in list(optimizer.param_groups):
         chosen = [p in parameters for p in group["params"]]
         if not any(chosen):
             continue
         names = [k for k in ("params", "param_names") if k in group]
-        optimizer.param_groups.append({**group, "lr": lr, **{k: [*compress(group[k], chosen)] for k in names}})
+        own = {k: v for k, v in options.items() if k in group}
+        optimizer.param_groups.append({**group, **own, **{k: [*compress(group[k], chosen)] for k in names}})
         for k in names:
             group[k] = [value for value, moved in zip(group[k], chosen, strict=True) if not moved]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -40,6 +40,16 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     )
 
 
+def children(pid: int) -> list[int]:
+    """The processes that one has started, in that order: of a launcher, by rank."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lives(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(") ", 1)[1][0] != "Z"
+
+
 def metrics(run: Path) -> dict[int, dict[str, float]]:
     """step -> scalars, without what depends on the clock."""
     rows: dict[int, dict[str, float]] = {}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, here, metrics, start, wait_for
+from commands import ENVIRONMENT, children, here, lives, metrics, start, wait_for
 from omegaconf import OmegaConf
 from ranks import command, on_ranks
 from tiny_training import TINY
@@ -24,16 +24,6 @@ from ldm.training.distributed.strategy import local_processes
 
 BASE = [t for t in TINY if not t.startswith("trainer")] + ["trainer.accelerator=cpu", "trainer.devices=2"]
 BASE += ["callbacks.samples=null", "callbacks.jump_to_x0=null", "lr_scheduler=constant"]
-
-
-def children(pid: int) -> list[int]:
-    """By rank: they are started in that order."""
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def lives(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(") ", 1)[1][0] != "Z"
 
 
 def step(run: Path) -> int:

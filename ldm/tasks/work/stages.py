@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.build import as_literal, build
 from ldm.checkpoints.stages import alone
-from ldm.config.check import check
+from ldm.config.check import check, module_kind
 from ldm.config.choices import drop_leftovers
 from ldm.config.root import option, plain
 from ldm.data.fields import fields_of
@@ -231,7 +231,8 @@ class Stages:
         merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
         assert isinstance(merged, DictConfig)
         if stage == "autoencoder":  # its own module, all of which is trained
-            merged.module = OmegaConf.merge(option("module", "autoencoder"), changes.get("module", {}))
+            if module_kind(self.config) != "autoencoder":  # type: ignore[arg-type]
+                merged.module = OmegaConf.merge(option("module", "autoencoder"), changes.get("module", {}))
             merged.frozen_dtype = "float32"
         merged.stages = {}
         drop_leftovers(merged)

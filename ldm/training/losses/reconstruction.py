@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ldm.errors import ConfigError, nearest
-from ldm.training.losses.term import PictureTerm
+from ldm.training.losses.term import PictureTerm, Reconstructed
 
+HUBER = 0.1  # where its errors turn from squares into absolute values, pictures being in [-1, 1]
 ERRORS = {
     "squared": lambda error: error.square(),
     "absolute": lambda error: error.abs(),
     "both": lambda error: error.abs() + error.square(),
+    "huber": lambda error: F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=HUBER) / HUBER,
 }
 
 
@@ -18,16 +22,23 @@ class Reconstruction(PictureTerm):
     """The mean over pixels and channels of an error.
 
     error: squared (best PSNR, and by far the best in few steps), absolute (Stable Diffusion's, for use with perceptual
-        terms) or both in equal parts.
+        terms), both in equal parts, or huber: absolute, but squared below 0.1.
+    learnt_variance: the likelihood of the picture, this and the perceptual terms together, is divided by exp(s), and s
+        is added: -log p of a Laplace or normal distribution whose scale is learnt (Rombach et al. 2022's code; there s
+        is in no optimizer and stays 0).
     """
 
-    def __init__(self, error: str = "squared"):
+    likelihood = True
+
+    def __init__(self, error: str = "squared", learnt_variance: bool = False):
         super().__init__()
         if error not in ERRORS:
             raise ConfigError(
                 f"reconstruction={error}: choose one of {', '.join(ERRORS)}.{nearest(error, list(ERRORS))}"
             )
         self.error = ERRORS[error]
+        if learnt_variance:
+            self.log_variance = nn.Parameter(torch.zeros(()))
 
-    def forward(self, output: Tensor, images: Tensor) -> Tensor:
-        return self.error(output - images).flatten(1).mean(dim=1)
+    def forward(self, made: Reconstructed) -> Tensor:
+        return self.error(made.output - made.images).flatten(1).mean(dim=1)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ldm.autoencoders.latents import Posterior
 from ldm.diffusion.loss import Prediction
 from ldm.diffusion.weightings import Weighting
 from ldm.errors import ConfigError, nearest
@@ -53,13 +54,55 @@ class LossTerm(nn.Module):
         """Called once before the first step: what takes time or memory to open is opened here."""
 
 
+@dataclass(frozen=True)
+class Reconstructed:
+    """What the terms of an autoencoder's loss look at: a micro-batch of B pictures and what came back of them.
+
+    images: (B,3,H,W) in [-1, 1]. output: (B,3,H,W) float32, in [-1, 1] where real.
+    posterior: of the pictures' latents. z: (B,C,h,w), the latents that were decoded.
+    step: optimizer steps made so far.
+    """
+
+    images: Tensor
+    output: Tensor
+    posterior: Posterior
+    z: Tensor
+    step: int
+
+
 class PictureTerm(nn.Module):
-    """One term of an autoencoder's loss, on what it gives back of the pictures that it was given."""
+    """One term of an autoencoder's loss, logged as train/NAME, not yet weighted, NAME being its place in `losses`.
+
+    What it has of parameters is trained and saved with the autoencoder.
+    weight: what it counts beside the others; whoever sums the terms multiplies.
+    likelihood: whether it belongs to the error of the picture, which the learnt variance divides, which adaptive
+        weights are measured by, and which validation has.
+    adaptive: its weight is multiplied by how much larger the likelihood's gradient is than its own (Esser et al. 2021,
+        Equation 7), at the last layer of the "decoder" or the "encoder"; None: not.
+    start: the step from which on it counts; before, its parameters stay as they are.
+    adversary: whether its parameters are a network that is trained against the autoencoder: with options of its own in
+        the optimizer, clipped by itself, not averaged.
+    note: follows its name in logs.
+    """
 
     weight: float = 1.0
+    likelihood: bool = False
+    adaptive: str | None = None
+    start: int = 0
+    adversary: bool = False
+    note: str = ""
+    watched: tuple[str, ...] = ()  # names of what `own` gives to be logged
 
-    def forward(self, output: Tensor, images: Tensor) -> Tensor:  # (B,3,H,W) float32, in [-1, 1] where real -> (B,)
+    def forward(self, made: Reconstructed) -> Tensor:  # -> (B,)
         raise NotImplementedError(f"{type(self).__name__} must say what it measures.")
+
+    def own(self, made: Reconstructed) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """(B,) what its own parameters alone learn from, as a discriminator does, and (B,) values to log; or None."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """Of the optimizer for an adversary's parameters; those that it does not know are left out."""
+        return {}
 
 
 def check_layers(network: nn.Module, terms: Mapping[str, LossTerm]) -> None:

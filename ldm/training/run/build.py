@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ldm.adapters.textual_inversion import TextualInversion
 from ldm.build import as_literal, build
 from ldm.checkpoints.components import Components, Config, build_components
-from ldm.config.check import module_kind
+from ldm.config.check import locate, module_kind
 from ldm.config.root import reference
 from ldm.errors import ConfigError
 from ldm.training.module import TrainedModule
@@ -48,6 +48,14 @@ def built_arguments(config: Config) -> dict[str, Any]:
         path = reference(said[key]) or f"module.{key}"
         if key != "_target_":
             made[key] = build(value, path) if isinstance(value, Mapping) else value
+    losses = made.get("losses") or {}
+    locate(said["_target_"], "module").check_terms(losses)  # type: ignore[attr-defined]
+    for name, term in losses.items():
+        if getattr(term, "start", 0) >= config["max_steps"]:
+            raise ConfigError(
+                f"module.losses.{name}.start={term.start}: the run ends after max_steps={config['max_steps']}, so it "
+                "would never begin. Set an earlier step, or a larger max_steps."
+            )
     return made
 
 

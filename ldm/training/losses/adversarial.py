@@ -1,0 +1,83 @@
+"""Reconstructions that a discriminator, trained beside the autoencoder, cannot tell from pictures."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ldm.errors import ConfigError
+from ldm.training.losses.term import PictureTerm, Reconstructed
+
+R1_EVERY = 16  # steps between penalties, each weighed as many times (Karras et al. 2020, Section 3.1)
+
+
+class Adversarial(PictureTerm):
+    """The adversarial term of an autoencoder and its discriminator's own loss (Esser et al. 2021, Equations 4 to 7).
+
+    Autoencoder and discriminator learn from one backward pass: the term's gradient passes through a discriminator that
+    is held fixed, the discriminator's own loss sees the output as a constant. That is the usual pair of steps on one
+    batch, and accumulation, clipping, precision and processes need nothing of their own.
+
+    discriminator: (B,3,H,W) -> (B,places) logits, high for pictures.
+    kind: hinge (Lim and Ye 2017) or non_saturating (Goodfellow et al. 2014).
+    start: step from which on it counts: the published ones begin when pictures are good but for texture.
+    adapt: the weight is multiplied by the ratio of gradients at the decoder's last layer (Equation 7).
+    r1: weight of the gradient penalty on pictures (Mescheder et al. 2018), taken every 16th step; wants norm=none.
+    lr, betas: of the discriminator; lr null: the autoencoder's.
+    """
+
+    adversary = True
+    watched: tuple[str, ...] = ("discriminator", "logit_pictures", "logit_outputs")
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        kind: Literal["hinge", "non_saturating"] = "hinge",
+        weight: float = 0.5,
+        start: int = 50_000,
+        adapt: bool = True,
+        r1: float = 0.0,
+        lr: float | None = None,
+        betas: tuple[float, float] = (0.5, 0.9),
+    ):
+        super().__init__()
+        if not r1 >= 0:
+            raise ConfigError(f"module.losses.adversarial.r1={r1}: at least 0, which takes no penalty; 10 is usual.")
+        if start < 0:
+            raise ConfigError(f"module.losses.adversarial.start={start}: at least 0, the first step.")
+        self.discriminator = discriminator
+        self.kind, self.weight, self.start, self.r1 = kind, weight, start, r1
+        self.adaptive, self.lr, self.betas = "decoder" if adapt else None, lr, (betas[0], betas[1])
+        if r1:
+            self.watched = (*self.watched, "r1")
+
+    def forward(self, made: Reconstructed) -> Tensor:
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        logits = functional_call(self.discriminator, fixed, made.output).float()
+        return (-logits if self.kind == "hinge" else F.softplus(-logits)).mean(dim=1)
+
+    def own(self, made: Reconstructed) -> tuple[Tensor, dict[str, Tensor]]:
+        penalised = bool(self.r1) and made.step % R1_EVERY == 0
+        images = made.images.detach().requires_grad_(penalised)
+        of_images = self.discriminator(images).float()
+        of_outputs = self.discriminator(made.output.detach()).float()
+        if self.kind == "hinge":
+            wrong = F.relu(1 - of_images).mean(dim=1) + F.relu(1 + of_outputs).mean(dim=1)
+        else:
+            wrong = F.softplus(-of_images).mean(dim=1) + F.softplus(of_outputs).mean(dim=1)
+        loss = wrong / 2
+        seen = {"discriminator": loss, "logit_pictures": of_images.mean(dim=1), "logit_outputs": of_outputs.mean(dim=1)}
+        if penalised:
+            (slope,) = torch.autograd.grad(of_images.mean(dim=1).sum(), images, create_graph=True)
+            seen["r1"] = slope.float().square().flatten(1).sum(dim=1)
+            loss = loss + R1_EVERY * self.r1 / 2 * seen["r1"]
+        return loss, {name: value.detach() for name, value in seen.items()}
+
+    def options(self) -> dict[str, Any]:
+        """AdamW's of its own, also beside Muon, which would make its matrices' steps orthogonal."""
+        own = {"betas": self.betas, "orthogonal": False, "weight_decay": 0.0}
+        return own if self.lr is None else {**own, "lr": self.lr}
