@@ -112,7 +112,7 @@ class AutoencoderTraining(TrainedModule):
         self, name: str, term: PictureTerm, made: Reconstructed, likelihood: Tensor, values: dict[str, Tensor]
     ) -> Tensor:
         """(B,) what a term that is no error of the picture adds to the loss; into `values` what is logged of it."""
-        if made.step < term.start:  # its parameters take part all the same: processes wait for all gradients
+        if made.step < term.begins:  # its parameters take part all the same: processes wait for all gradients
             return sum((0.0 * p.sum() for p in term.parameters()), likelihood.new_zeros(()))
         value = term(made)
         values[name + term.note] = value
@@ -135,7 +135,7 @@ class AutoencoderTraining(TrainedModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for term in self.terms.values():
-            if self.global_step < term.start:  # without a gradient an optimizer leaves them alone, moments too
+            if self.global_step < term.begins:  # without a gradient an optimizer leaves them alone, moments too
                 for parameter in term.parameters():
                     parameter.grad = None
 

@@ -50,7 +50,7 @@ class Adversarial(PictureTerm):
         if start < 0:
             raise ConfigError(f"module.losses.adversarial.start={start}: at least 0, the first step.")
         self.discriminator = discriminator
-        self.kind, self.weight, self.start, self.r1 = kind, weight, start, r1
+        self.kind, self.weight, self.begins, self.r1 = kind, weight, start, r1
         self.adaptive, self.lr, self.betas = "decoder" if adapt else None, lr, (betas[0], betas[1])
         if r1:
             self.watched = (*self.watched, "r1")

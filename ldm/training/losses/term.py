@@ -79,7 +79,7 @@ class PictureTerm(nn.Module):
         weights are measured by, and which validation has.
     adaptive: its weight is multiplied by how much larger the likelihood's gradient is than its own (Esser et al. 2021,
         Equation 7), at the last layer of the "decoder" or the "encoder"; None: not.
-    start: the step from which on it counts; before, its parameters stay as they are.
+    begins: the step from which on it counts; before, its parameters stay as they are.
     adversary: whether its parameters are a network that is trained against the autoencoder: with options of its own in
         the optimizer, clipped by itself, not averaged.
     note: follows its name in logs.
@@ -88,7 +88,7 @@ class PictureTerm(nn.Module):
     weight: float = 1.0
     likelihood: bool = False
     adaptive: str | None = None
-    start: int = 0
+    begins: int = 0
     adversary: bool = False
     note: str = ""
     watched: tuple[str, ...] = ()  # names of what `own` gives to be logged

@@ -51,9 +51,9 @@ def built_arguments(config: Config) -> dict[str, Any]:
     losses = made.get("losses") or {}
     locate(said["_target_"], "module").check_terms(losses)  # type: ignore[attr-defined]
     for name, term in losses.items():
-        if getattr(term, "start", 0) >= config["max_steps"]:
+        if getattr(term, "begins", 0) >= config["max_steps"]:
             raise ConfigError(
-                f"module.losses.{name}.start={term.start}: the run ends after max_steps={config['max_steps']}, so it "
+                f"module.losses.{name}.start={term.begins}: the run ends after max_steps={config['max_steps']}, so it "
                 "would never begin. Set an earlier step, or a larger max_steps."
             )
     return made

@@ -75,7 +75,7 @@ class FolderCheckpointIO(CheckpointIO):
         tensors, averages = state.pop("state_dict"), state.pop("ema", {})
         return Content(
             parts={part: under(tensors, attribute) for part, attribute in self.parts.items()},
-            averages={p: under(averages, self.parts[p]) for p in self.trained} if averages else {},
+            averages={p: own for p in self.trained if (own := under(averages, self.parts[p]))},
             state=state,
             config=self.config,
             frozen=tuple(p for p in self.parts if p not in self.trained),
