@@ -91,6 +91,10 @@ CASES = {
     "stratified and weighted": ["weighting=min_snr", "times=logit_normal"],
     "autoencoder": ["module=autoencoder"],
     "codebook": ["module=autoencoder", "autoencoder=vq_tiny"],
+    "terms": [
+        *("module=autoencoder", "loss=[perceptual,adversarial_residual,focal_frequency,wavelet]"),
+        *("module.losses.perceptual.features=random", "module.losses.adversarial.start=0"),
+    ],
 }
 
 
@@ -108,7 +112,7 @@ def test_a_step_copies_no_number_to_the_host(monkeypatch, case):
     assert seen.to_host == {"totals.reduce": 2}, "rows and values, once for all steps"
 
 
-@pytest.mark.parametrize("case", ["model=unet_tiny", "masking", "autoencoder", "codebook"])
+@pytest.mark.parametrize("case", ["model=unet_tiny", "masking", "autoencoder", "codebook", "terms"])
 def test_neither_does_a_validation(monkeypatch, case):
     module, batch = on_device(monkeypatch, *CASES[case])
     batch["valid"] = torch.ones(2, dtype=torch.bool, device="meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.features.frozen import Frozen
 from ldm.features.vgg import LPIPS
 from ldm.training.losses.term import PictureTerm, Reconstructed
 
@@ -22,7 +23,7 @@ class Perceptual(PictureTerm):
         self.weight = weight
         network = LPIPS(features, heads, "module.losses.perceptual.features")
         self.note = "_random" if network.random else ""
-        self._network = [network]  # in a list, so that its weights are nobody's parameters
+        self.network = Frozen(network)
 
     def forward(self, made: Reconstructed) -> Tensor:
-        return self._network[0].to(made.images.device)(made.output, made.images)
+        return self.network(made.output, made.images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from ldm.errors import ConfigError
+from ldm.features.frozen import Frozen
 from ldm.training.losses.term import LossTerm, Step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which such encoders are fed by
@@ -57,12 +57,11 @@ class RepresentationAlignment(LossTerm):
         )
         for name, values in (("mean", MEAN), ("std", STD)):  # buffers, so that no step copies them to the device
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self._encoder: list[Any] = []  # in a list, so that its weights are nobody's parameters
+        self.encoder = Frozen()
 
     def start(self) -> None:
-        if not self._encoder:
-            model = AutoModel.from_pretrained(self.encoder_name, use_safetensors=True)
-            self._encoder.append(model.eval().requires_grad_(False))
+        if self.encoder.network is None:
+            self.encoder.hold(AutoModel.from_pretrained(self.encoder_name, use_safetensors=True))
 
     def forward(self, step: Step) -> Tensor:
         if "image" not in step.batch:
@@ -95,7 +94,7 @@ class RepresentationAlignment(LossTerm):
     def features(self, images: Tensor, height: int, width: int) -> Tensor:
         """The encoder's tokens of pictures, uint8 (B,3,H,W) -> (B, height x width, D)."""
         self.start()
-        encoder = self._encoder[0].to(images.device)
+        encoder = self.encoder.network
         pixels = F.interpolate(
             images.float() / 255, (height * self.patch, width * self.patch), mode="bicubic", antialias=True
         )
