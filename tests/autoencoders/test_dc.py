@@ -174,10 +174,11 @@ def attention() -> LinearAttention:
 
 
 def test_linear_attention_is_attention() -> None:
-    """A mean of values weighed by relu(q) . relu(k), over all pixels."""
+    """A mean of values weighed by relu(q) . relu(k), over all pixels; 0 for a pixel that nothing answers."""
     q, k, v = torch.randn(3, 2, 4, 8, 20, generator=torch.Generator().manual_seed(0)).double()
     weights = torch.einsum("bgdl,bgdm->bglm", q.relu(), k.relu())
-    expected = torch.einsum("bglm,bgdm->bgdl", weights / weights.sum(-1, keepdim=True), v)
+    assert (weights.sum(-1) == 0).any()
+    expected = torch.einsum("bglm,bgdm->bgdl", (weights / weights.sum(-1, keepdim=True)).nan_to_num(), v)
     torch.testing.assert_close(attention().attend(q, k, v), expected)
 
 
@@ -225,7 +226,7 @@ def test_autoencoder_learns(name: str) -> None:
     """Every parameter gets a finite gradient, and a few steps bring picture and reconstruction closer."""
     torch.manual_seed(0)
     model = AutoencoderDC(**ARCHITECTURES[name])
-    images = pictures(4, 16, 16)
+    images = pictures(4, 2, 2).repeat_interleave(8, -1).repeat_interleave(8, -2)  # noise has nothing to compress
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(20):
@@ -238,7 +239,7 @@ def test_autoencoder_learns(name: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.5 * losses[0], losses
 
 
 # -- what cannot be
