@@ -14,13 +14,14 @@ from torch import Tensor
 from ldm.autoencoders.dc import AutoencoderDC, Downsample, Upsample
 from ldm.autoencoders.efficient_vit import FixedBatchNorm, LinearAttention
 from ldm.autoencoders.latents import Point
-from ldm.checkpoints.components import Components
+from ldm.checkpoints.components import Components, build_components
 from ldm.checkpoints.folder import all_folders
 from ldm.checkpoints.load import load_any
-from ldm.checkpoints.pretrained import load_autoencoder
+from ldm.checkpoints.pretrained import load_autoencoder, load_pretrained
 from ldm.checkpoints.save import save_any
 from ldm.errors import ConfigError
 from ldm.formats.checkpoint import kind
+from ldm.formats.kinds import of_names
 from ldm.tasks.work.encode import encode_shards
 from ldm.training.run.fit import train_run
 
@@ -51,6 +52,17 @@ CONVOLUTIONS = dict(
     encoder_layers=(1, 2, 1),
     decoder_layers=(2, 1, 1),
     attention_levels=(False, False, False),
+)
+TINY = dict(  # conf/autoencoder/dc_tiny.yaml
+    latent_channels=8,
+    block_channels=(8, 16, 16, 32),
+    encoder_layers=(1, 1, 1, 1),
+    decoder_layers=(1, 1, 1, 1),
+    attention_levels=(False, False, False, True),
+    head_dim=8,
+    kernel_sizes=(3,),
+    downsample="pixel_unshuffle",
+    upsample="pixel_shuffle",
 )
 ARCHITECTURES = {
     "like_sana": SANA,
@@ -122,6 +134,16 @@ def test_equal_to_diffusers(name: str, tmp_path) -> None:
     assert isinstance(again, AutoencoderDC)
     assert all(torch.equal(again.state_dict()[k], v) for k, v in ours.state_dict().items() if "preview" not in k)
     assert_equal(again, reference)
+
+
+def test_a_configuration_names_its_weights(tmp_path) -> None:
+    """`autoencoder=dc_tiny autoencoder.pretrained=FOLDER` are those weights, in channels_last as a run has them."""
+    reference = theirs(1.0, **TINY)
+    reference.save_pretrained(tmp_path)
+    parts = build_components(config("autoencoder=dc_tiny", f"+autoencoder.pretrained={tmp_path}"), whole=False)
+    load_pretrained(parts, filled=set())
+    assert_equal(parts.autoencoder, reference)
+    assert parts.autoencoder.latents.measured
 
 
 def test_few_pixels_are_the_published_quadratic_formula() -> None:
@@ -282,6 +304,7 @@ def test_folders_of_others_are_refused_by_name(tmp_path) -> None:
     weights = tmp_path / "dc/diffusion_pytorch_model.safetensors"
     with pytest.raises(ConfigError, match=r"deep compression autoencoder's weights alone: give diffusers' folder"):
         load_any(weights)
+    assert of_names(["encoder.project_in.conv.weight", "decoder.stages.0.op_list.0.main.conv.weight"])[0] == "other"
     said = json.loads((tmp_path / "dc/config.json").read_text())
     for changes, key in (
         ({"decoder_in_shortcut": False}, "decoder_in_shortcut=False"),
