@@ -23,13 +23,62 @@ EPS = 1e-6  # of every GroupNorm here
 class Autoencoder(nn.Module):
     """`encode` and `decode` speak raw latents; `latents` knows what makes them standardised ones.
 
-    A kind says how many numbers describe a latent's law (`moments_per_channel`), what law that is (`posterior`), and
-    what holds the latents in check while it is trained (`regulariser`, which logs `regulariser_names`).
+    A kind builds `encoder` and `decoder` and says how a picture becomes the numbers of its latents' law (`moments`,
+    `moments_per_channel` of them a channel), what law that is (`posterior`), and what holds the latents in check while
+    it is trained (`regulariser`, which logs `regulariser_names`; nothing does, if that is all zeros).
     """
 
     moments_per_channel: ClassVar[int]
     regulariser_names: ClassVar[tuple[str, ...]]
     one_scale: ClassVar[bool] = False  # whether standardised latents share one scale in all channels
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, latent_channels: int, levels: int, pretrained: str | None):
+        super().__init__()
+        self.pretrained = pretrained
+        self.factor = 2 ** (levels - 1)  # image pixels for one latent pixel, each way
+        self.latents = LatentSpace(latent_channels, self.one_scale)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight: there the adversarial gradient is measured (Esser et al. 2021, eq. 7)."""
+        return self.decoder.conv_out.weight  # type: ignore[return-value, union-attr]
+
+    @property
+    def last_encoder_layer(self) -> nn.Parameter:
+        """The encoder's last weight: there the gradients of terms on latents are measured (Yao et al. 2025)."""
+        return self.encoder.conv_out.weight  # type: ignore[return-value, union-attr]
+
+    def moments(self, images: Tensor) -> Tensor:  # (B,3,H,W) -> (B,MC,H/f,W/f), M of them a channel
+        return self.encoder(images)
+
+    def posterior(self, moments: Tensor) -> Posterior:  # (B,MC,h,w), from the encoder or a cache
+        raise NotImplementedError(f"{type(self).__name__} must say what its encoder's output means.")
+
+    def regulariser(self, posterior: Posterior, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,), added to the reconstruction error of each image, and (B,) values to log, by `regulariser_names`."""
+        raise NotImplementedError(f"{type(self).__name__} must say what holds its latents in check.")
+
+    def encode(self, images: Tensor) -> Posterior:  # (B,3,H,W) in [-1, 1] -> q(z | image), (B,C,H/f,W/f)
+        self._check_size(*images.shape[-2:])
+        return self.posterior(self.moments(images.to(self.last_layer.dtype)))
+
+    def decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,fh,fw)
+        return self.decoder(z.to(self.last_layer.dtype))
+
+    def _check_size(self, height: int, width: int) -> None:
+        f = self.factor
+        if height % f or width % f:
+            sizes = sorted({(h, w) for h in _neighbours(height, f) for w in _neighbours(width, f)})
+            raise ConfigError(
+                f"an image of {height}x{width} does not divide by the autoencoder's factor {f}: resize or crop it to "
+                f"{' or '.join(f'{h}x{w}' for h, w in sizes)} (height x width)."
+            )
+
+
+class GroupNormAutoencoder(Autoencoder):
+    """The networks of Rombach et al. 2022: resnets with GroupNorm, and a 1x1 convolution at either side of z."""
 
     def __init__(
         self,
@@ -42,54 +91,24 @@ class Autoencoder(nn.Module):
         mid_attention: bool,
         pretrained: str | None,
     ):
-        super().__init__()
-        self.pretrained = pretrained
+        super().__init__(latent_channels, len(block_channels), pretrained)
         check_groups(block_channels, norm_groups, "autoencoder")
-        flags = _checked_flags(attention_levels, block_channels)
+        flags = checked_flags(attention_levels, block_channels)
         shape = (block_channels, layers_per_block, norm_groups, flags, mid_attention)
         moments = self.moments_per_channel * latent_channels
-        self.factor = 2 ** (len(block_channels) - 1)  # image pixels for one latent pixel, each way
         self.encoder = Encoder(in_channels, moments, *shape)
         self.quant_conv = Conv1x1(moments, moments)
         self.post_quant_conv = Conv1x1(latent_channels, latent_channels)
         self.decoder = Decoder(latent_channels, in_channels, *shape)
-        self.latents = LatentSpace(latent_channels, self.one_scale)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight: there the adversarial gradient is measured (Esser et al. 2021, eq. 7)."""
-        return self.decoder.conv_out.weight  # type: ignore[return-value]
+    def moments(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
 
-    @property
-    def last_encoder_layer(self) -> nn.Parameter:
-        """The encoder's last weight: there the gradients of terms on latents are measured (Yao et al. 2025)."""
-        return self.encoder.conv_out.weight  # type: ignore[return-value]
-
-    def posterior(self, moments: Tensor) -> Posterior:  # (B,MC,h,w), M of them a channel, from the encoder or a cache
-        raise NotImplementedError(f"{type(self).__name__} must say what its encoder's output means.")
-
-    def regulariser(self, posterior: Posterior, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,), added to the reconstruction error of each image, and (B,) values to log, by `regulariser_names`."""
-        raise NotImplementedError(f"{type(self).__name__} must say what holds its latents in check.")
-
-    def encode(self, images: Tensor) -> Posterior:  # (B,3,H,W) in [-1, 1] -> q(z | image), (B,C,H/f,W/f)
-        self._check_size(*images.shape[-2:])
-        return self.posterior(self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))))
-
-    def decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,fh,fw)
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
-
-    def _check_size(self, height: int, width: int) -> None:
-        f = self.factor
-        if height % f or width % f:
-            sizes = sorted({(h, w) for h in _neighbours(height, f) for w in _neighbours(width, f)})
-            raise ConfigError(
-                f"an image of {height}x{width} does not divide by the autoencoder's factor {f}: resize or crop it to "
-                f"{' or '.join(f'{h}x{w}' for h, w in sizes)} (height x width)."
-            )
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(GroupNormAutoencoder):
     """Images to a small grid of Gaussians, held near N(0, 1) by a slight KL term, and back."""
 
     moments_per_channel = 2  # mean and log variance
@@ -282,7 +301,7 @@ def _neighbours(size: int, factor: int) -> set[int]:
     return {below or factor, -(-size // factor) * factor}
 
 
-def _checked_flags(attention_levels: Sequence[bool] | None, block_channels: Sequence[int]) -> list[bool]:
+def checked_flags(attention_levels: Sequence[bool] | None, block_channels: Sequence[int]) -> list[bool]:
     """One flag a level."""
     flags = list(attention_levels or [False] * len(block_channels))
     if len(flags) != len(block_channels):

@@ -12,14 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.autoencoders.kl import Autoencoder
+from ldm.autoencoders.kl import GroupNormAutoencoder
 from ldm.autoencoders.latents import Point, Posterior
 from ldm.errors import ConfigError
 
 LARGEST_TABLE = 2**24  # distances computed at once, pixels times codes: 64 MiB whatever the image
 
 
-class VQModel(Autoencoder):
+class VQModel(GroupNormAutoencoder):
     """`encode` gives z before quantisation, exactly; `decode` takes any z to its nearest codes first."""
 
     moments_per_channel = 1

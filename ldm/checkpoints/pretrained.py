@@ -6,21 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.autoencoders.dc import AutoencoderDC
 from ldm.autoencoders.kl import Autoencoder
 from ldm.checkpoints.components import Components, load_state
 from ldm.errors import ConfigError
 from ldm.formats import fold
 from ldm.formats.checkpoint import read
+from ldm.formats.diffusers.autoencoder import DEEP, autoencoder_node, is_deep, scaling
 from ldm.formats.diffusers.config import text_node
 from ldm.formats.diffusers.folder import load_part, weights_file
 from ldm.formats.files import hub
 from ldm.formats.files.open import float32
 from ldm.formats.keys import text as text_keys
 from ldm.formats.keys import vae as vae_keys
-from ldm.formats.published import SCALING
 from ldm.text.clip import CLIPText
 from ldm.text.encoder import TextEncoder
-from ldm.untrusted import interpreted, read_json
+from ldm.untrusted import interpreted, read_json, shown
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 TEXT_FILES = ("model.safetensors", "vocab.json", "merges.txt", "config.json")
@@ -64,10 +65,28 @@ def load_autoencoder(autoencoder: Autoencoder, name: str) -> None:
     else:
         source = _autoencoder_folder(name)
         config = read_json(source / "config.json")
-        scaling = fold.checked(config.get("scaling_factor", SCALING), f"{source / 'config.json'}")
-        units = fold.units(own, scaling, config.get("shift_factor"))
+        _check_same_kind(autoencoder, config, name)
+        units = fold.units(own, scaling(config, f"{source / 'config.json'}"), config.get("shift_factor"))
         state = vae_keys.from_diffusers(load_part(source, "vae")) | units
     load_state(autoencoder, {k: float32(v) for k, v in state.items()}, "diffusion_pytorch_model", source)
+
+
+def _check_same_kind(autoencoder: Autoencoder, config: Mapping[str, Any], name: str) -> None:
+    """ConfigError where the weights are of the other kind, or of one that computes something else with these shapes."""
+    if is_deep(config) != isinstance(autoencoder, AutoencoderDC):
+        theirs, option = (DEEP, "dc_f32") if is_deep(config) else (config.get("_class_name"), "kl_f8")
+        raise ConfigError(
+            f"autoencoder.pretrained={name} is an {shown(theirs)}, not an {type(autoencoder).__name__}: choose "
+            f"autoencoder={option} for it, or other weights."
+        )
+    if isinstance(autoencoder, AutoencoderDC):
+        said = autoencoder_node(config, f"{name}'s config.json")
+        for key in ("head_dim", "decoder_norm"):
+            if getattr(autoencoder, key) != said[key]:
+                raise ConfigError(
+                    f"autoencoder.{key}={getattr(autoencoder, key)}, but autoencoder.pretrained={name} says "
+                    f"{said[key]}: set autoencoder.{key}={said[key]}."
+                )
 
 
 def load_text_encoder(encoder: CLIPText, name: str) -> None:

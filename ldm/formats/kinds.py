@@ -26,6 +26,7 @@ Kind = Literal[
 ]
 _FOLDERS: dict[str, Kind] = {
     "AutoencoderKL": "vae",
+    "AutoencoderDC": "vae",
     "UNet2DConditionModel": "unet",
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder",
@@ -72,6 +73,11 @@ _SIGNS: list[tuple[Callable[[str], object], Kind, str]] = [
         "a transformer (Stable Diffusion 3, Flux or their like), not a U-Net. Stable Diffusion 1 and 2 are read.",
     ),
     (re.compile(r"model\.diffusion_model\.|model_ema\.diffusion_model|cond_stage_model\.").match, "compvis", ""),
+    (
+        re.compile(r"(encoder|decoder)\.((down|up)_blocks\.\d+\.\d+|stages\.\d+|project_in)\.").match,
+        "other",
+        "a deep compression autoencoder's weights alone: give diffusers' folder of it, with its config.json.",
+    ),
     (re.compile(r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)").match, "vae", ""),
     (
         re.compile(r"(unet\.(down_blocks|mid_block|up_blocks)|vae\.(encoder|decoder))\.").match,

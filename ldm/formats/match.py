@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.autoencoders.dc import AutoencoderDC
 from ldm.autoencoders.kl import AutoencoderKL
 from ldm.autoencoders.vq import VQModel
 from ldm.errors import ConfigError
@@ -20,12 +21,13 @@ from ldm.models.unet import UNet
 from ldm.text.clip import CLIPText
 from ldm.text.small import SmallTextEncoder
 
-VQ = "ldm.autoencoders.vq.VQModel"
+VQ, DC = "ldm.autoencoders.vq.VQModel", "ldm.autoencoders.dc.AutoencoderDC"
 UNET, AUTOENCODER, TEXT = "ldm.models.unet.UNet", "ldm.autoencoders.kl.AutoencoderKL", "ldm.text.clip.CLIPText"
 CLASSES: dict[str, type[torch.nn.Module]] = {
     UNET: UNet,
     AUTOENCODER: AutoencoderKL,
     VQ: VQModel,
+    DC: AutoencoderDC,
     TEXT: CLIPText,
     "ldm.text.small.SmallTextEncoder": SmallTextEncoder,
 }

@@ -28,8 +28,8 @@ class Conv1x1(nn.Conv2d):
     Published files hold (C', C, 1, 1) weights; on the CPU a convolution of that size is a slow loop, a product is not.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=1)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H,W)
         pixels = rearrange(x, "b c h w -> b h w c")

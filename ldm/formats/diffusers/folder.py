@@ -14,6 +14,7 @@ from ldm.errors import ConfigError
 from ldm.formats import fold
 from ldm.formats.content import PARTS, Node, State, Stored
 from ldm.formats.diffusers import config as vocabulary
+from ldm.formats.diffusers.autoencoder import autoencoder_node, scaling
 from ldm.formats.files.open import load
 from ldm.formats.files.store import save_tensors
 from ldm.formats.keys import text as text_keys
@@ -32,7 +33,7 @@ _CLASSES = {
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
-_NODES = {"unet": vocabulary.unet_node, "vae": vocabulary.vae_node, "text_encoder": vocabulary.text_node}
+_NODES = {"unet": vocabulary.unet_node, "vae": autoencoder_node, "text_encoder": vocabulary.text_node}
 _IMAGE_SIZE = 512  # where a folder names none
 
 
@@ -87,11 +88,11 @@ def _described(
         said = [] if side is None else side if isinstance(side, list) else [side]
         sides = {whole(n, "sample_size", where["unet"], most=2048) for n in said}
         nodes["image_size"] = pixels * sides.pop() if len(sides) == 1 else _IMAGE_SIZE
-    scaling = fold.checked(vae.get("scaling_factor", SCALING), where["vae"]) if vae else None
     shift = vae.get("shift_factor")
     if shift is not None:
         number(shift, "shift_factor", where["vae"], -1e6, 1e6)
-    return Described(Stored(nodes, {}, schedule, words), scaling, shift)
+    units = scaling(vae, where["vae"]) if vae else None
+    return Described(Stored(nodes, {}, schedule, words), units, shift)
 
 
 def read(folder: Path, weights: str) -> Stored:
@@ -160,14 +161,14 @@ def write(checkpoint: Stored, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True)
     size = checkpoint.config.get("image_size") or _IMAGE_SIZE
     vae = checkpoint.states["vae"]
-    scaling = fold.scaling_factor(vae)
-    if scaling is None:
-        vae, scaling = fold.folded(vae, SCALING), SCALING
+    factor = fold.scaling_factor(vae)
+    if factor is None:
+        vae, factor = fold.folded(vae, SCALING), SCALING
     alone = set(checkpoint.states) == {"vae"}
     autoencoder = settings(checkpoint.config["autoencoder"], "vae")
     inside = folder if alone else folder / "vae"
     vae = {k: v for k, v in vae.items() if not k.startswith("latents.")}
-    _write_part(inside, vocabulary.vae_config(autoencoder, scaling, size), vae, "diffusion_pytorch_model", dtype)
+    _write_part(inside, vocabulary.vae_config(autoencoder, factor, size), vae, "diffusion_pytorch_model", dtype)
     if alone:
         return
     assert checkpoint.tokenizer is not None

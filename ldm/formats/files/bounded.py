@@ -75,6 +75,10 @@ def _most(key: str) -> int:
     return DEPTH if "layers" in key or "depth" in key else 2**20
 
 
+def _least(key: str) -> int:
+    return -1 if key == "marks" else 0 if key in ("encoder_layers", "decoder_layers") else 1
+
+
 def _check(value: Any, hint: Any, key: str, where: str) -> None:
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in choices or hint is type(None):
@@ -83,7 +87,7 @@ def _check(value: Any, hint: Any, key: str, where: str) -> None:
         hint = next(choice for choice in choices if choice is not type(None))
         origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if hint is int:
-        whole(value, key, where, -1 if key == "marks" else 1, _most(key))
+        whole(value, key, where, _least(key), _most(key))
     elif hint is float:
         number(value, key, where, 0.0, 1e6)
     elif origin is typing.Literal:
