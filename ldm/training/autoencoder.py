@@ -11,10 +11,12 @@ from torch import Tensor
 from ldm.autoencoders.kl import Autoencoder
 from ldm.devices import beside
 from ldm.pictures import to_unit
+from ldm.training.distributed import collectives
 from ldm.training.ema import EMA
 from ldm.training.losses.reconstruction import Reconstruction
 from ldm.training.losses.term import PictureTerm
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
+from ldm.training.randomness import seed_of
 
 
 class AutoencoderTraining(TrainedModule):
@@ -59,11 +61,17 @@ class AutoencoderTraining(TrainedModule):
         positions = self.draws.positions(batch_idx, len(images))
         eps = self.draws.normal(posterior.mean.shape[1:], "posterior", self.global_step, positions)
         values = self._losses(self.autoencoder.decode(posterior.sample(beside(eps, images))), images)
+        self.autoencoder.begin_batch(positions, self.draws.global_batch)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
         loss = self.weighed(values) + regulariser
         for name, value in {"loss": loss, **values, **watched}.items():
             self.totals.add(f"train/{name}", value)
         return loss.mean()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        seed = seed_of(self.draws.seed, "autoencoder")
+        self.autoencoder.end_step(collectives.total_on_device, seed, self.global_step)
 
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]
