@@ -56,11 +56,11 @@ class LFQModel(ImpliedCodebook):
         self.register_buffer("radix", (2 ** torch.arange(latent_channels))[:, None, None], persistent=False)
 
     def rounded(self, z: Tensor) -> Tensor:  # (B,C,h,w), any -> (B,C,h,w) of -1 and 1
-        """sign(z) = 1 where z > 0, else -1 (eq. 3)."""
+        """sign(z) = 1 where z > 0, else -1."""
         return torch.where(z.detach() > 0, 1.0, -1.0).to(z.dtype)
 
     def indices(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,h,w) int64
-        """The sum of 2^i of the channels i that are above 0 (eq. 4)."""
+        """The sum of 2^i of the channels i that are above 0."""
         return ((z.detach() > 0) * self.radix).sum(dim=1)
 
     def codes(self, indices: Tensor) -> Tensor:  # (B,h,w) -> (B,C,h,w)

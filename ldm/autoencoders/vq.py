@@ -132,7 +132,7 @@ class Codebook(nn.Module):
     decay: None: the codes are a parameter. In (0, 1): they are means, of the z nearest to each, over steps past that
         weigh less and less (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 3.1).
     revive_after: steps without use after which a code is moved onto an encoder's output of the step (Dhariwal et al.
-        2020, section 3; Zeghidour et al. 2021, section III-C). None: never. Moments that an optimizer has of it stay.
+        2020; Zeghidour et al. 2021). None: never. Moments that an optimizer has of it stay.
     """
 
     cluster_size: Tensor
@@ -203,7 +203,7 @@ class Codebook(nn.Module):
             self._revive(seen, self.revive_after)
 
     def _average(self, seen: Step, decay: float) -> None:
-        """N <- decay N + (1 - decay) n, m likewise, e = m / N (van den Oord et al. 2017, equations 6 to 8).
+        """N <- decay N + (1 - decay) n, m likewise, e = m / N (van den Oord et al. 2017, appendix A.1).
 
         N is smoothed in e, so that it is not 0 where a code is never used: N' = (N + eps) / (sum N + K eps) sum N.
         """
