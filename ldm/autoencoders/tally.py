@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,19 +54,19 @@ class Tally:
         self._micro, self._place, self._total = [], None, None
         if not micro:
             return None
-        found = []
-        for z, indices, _ in micro:
-            pixels, codes = rearrange(z.float(), "b c h w -> (b h w) c"), indices.flatten()
+        (_, channels, *area), device = micro[0][0].shape, micro[0][0].device
+        width = 1 + channels * sums
+        table = torch.zeros(size, width + channels * (candidates is not None), device=device)
+        samples = total if total is not None else sum(len(z) for z, _, _ in micro)
+        drawn = None if candidates is None else drawn_places(size, samples * math.prod(area), candidates)
+        places = None if drawn is None else on_device(drawn, device)
+        for z, indices, first in micro:
+            pixels = rearrange(z.float(), "b c h w -> (b h w) c")
             ones = torch.ones_like(pixels[:, :1]) + 0 * pixels.sum()  # NaN where a z is no number
-            found.append(sums_by_code(torch.cat([ones, pixels], dim=1) if sums else ones, codes, size))
-        table = torch.stack(found).sum(dim=0)
-        width = table.shape[1]
-        if candidates is not None:
-            area = micro[0][1][0].numel()
-            samples = total if total is not None else sum(len(z) for z, _, _ in micro)
-            places = on_device(drawn_places(size, samples * area, candidates), table.device)
-            held = [_held(rearrange(z.float(), "b c h w -> (b h w) c"), places - first * area) for z, _, first in micro]
-            table = torch.cat([table, torch.stack(held).sum(dim=0)], dim=1)
+            counted = torch.cat([ones, pixels], dim=1) if sums else ones
+            table[:, :width] += sums_by_code(counted, indices.flatten(), size)
+            if places is not None:
+                table[:, width:] += _held(pixels, places - first * math.prod(area))
         summed(table)
         return Step(
             counts=table[:, 0],

@@ -132,7 +132,8 @@ class Codebook(nn.Module):
     decay: None: the codes are a parameter. In (0, 1): they are means, of the z nearest to each, over steps past that
         weigh less and less (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 3.1).
     revive_after: steps without use after which a code is moved onto an encoder's output of the step (Dhariwal et al.
-        2020; Zeghidour et al. 2021). None: never. Moments that an optimizer has of it stay.
+        2020; Zeghidour et al. 2021). None: never. Moments that an optimizer has of it stay,
+        and averaged weights (ema=) come to it only as they do to all.
     """
 
     cluster_size: Tensor
@@ -189,7 +190,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def end_step(self, summed: Callable[[Tensor], None], seed: int) -> None:
-        """Moves the codes as the step says, and nothing where a z of it was no number: one that was left out.
+        """Moves the codes as the step says; none where a z of it was no number, but also those of a step that was left
+        out for its gradients alone: its z are good.
 
         summed: adds a tensor of all processes. seed: of the encoder's outputs onto which unused codes are moved.
         """
