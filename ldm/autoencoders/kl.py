@@ -5,7 +5,7 @@ Rombach et al. 2022, section 3.1 and appendix G; state-dict keys are diffusers',
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from einops import rearrange
@@ -25,11 +25,12 @@ class Autoencoder(nn.Module):
 
     A kind builds `encoder` and `decoder` and says how a picture becomes the numbers of its latents' law (`moments`,
     `moments_per_channel` of them a channel), what law that is (`posterior`), and what holds the latents in check while
-    it is trained (`regulariser`, which logs `regulariser_names`; nothing does, if that is all zeros).
+    it is trained (`regulariser`, which logs `regulariser_names`; nothing does, if that is all zeros). What learns by
+    other means than gradients does so in `end_step`.
     """
 
     moments_per_channel: ClassVar[int]
-    regulariser_names: ClassVar[tuple[str, ...]]
+    regulariser_names: tuple[str, ...]  # of a class, or of one with options
     one_scale: ClassVar[bool] = False  # whether standardised latents share one scale in all channels
     encoder: nn.Module
     decoder: nn.Module
@@ -59,6 +60,15 @@ class Autoencoder(nn.Module):
     def regulariser(self, posterior: Posterior, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,), added to the reconstruction error of each image, and (B,) values to log, by `regulariser_names`."""
         raise NotImplementedError(f"{type(self).__name__} must say what holds its latents in check.")
+
+    def begin_batch(self, positions: range, total: int) -> None:
+        """Called in training before each `regulariser`: where its images stand in the step's batch of `total`."""
+
+    def end_step(self, summed: Callable[[Tensor], None], seed: int, step: int) -> None:
+        """Called after each optimizer step, by all processes: what is learnt from sums over the step's micro-batches.
+
+        summed: adds a tensor on its device over all processes, in place. seed: of draws, which differ by step too.
+        """
 
     def encode(self, images: Tensor) -> Posterior:  # (B,3,H,W) in [-1, 1] -> q(z | image), (B,C,H/f,W/f)
         self._check_size(*images.shape[-2:])

@@ -134,6 +134,7 @@ def _set_to(node: Config, model: nn.Module, key: str, value: int | None) -> str:
 
 def load_state(module: nn.Module, state: State, part: str, source: Path) -> None:
     """Loads one part strictly; a mismatch is one line with the first names."""
+    state = _widened(state, module)
     _check_fill(module, state, part, source)
     module.load_state_dict(state)
 
@@ -174,7 +175,7 @@ def check_stored(config: Config, states: Mapping[str, State], source: Path) -> N
     if scale is not None and mean is not None and bool((scale <= 0).any() or scale.isinf().any() or mean.isinf().any()):
         raise ConfigError(f"{source}: its latents' scale is not above 0, or not finite: it was edited. Fetch it again.")
     for part, module in modules.items():
-        _check_fill(module, _widened(states[part], module) if part == "unet" else states[part], part, source)
+        _check_fill(module, _widened(states[part], module), part, source)
 
 
 def check_adapters(config: Config, saved: Config, source: Path | str | None) -> None:
@@ -236,10 +237,11 @@ def load_states(parts: Components, states: dict[str, State], folder: Path) -> No
     for part, state in states.items():
         module = modules.get(part)
         if module is not None:
-            load_state(module, _widened(state, module) if part == "unet" else state, part, folder)
+            load_state(module, state, part, folder)
 
 
-def _widened(state: State, network: nn.Module) -> State:
-    """A state for a network that may have more input channels; itself where there is nothing to widen."""
-    own_way = getattr(network, "widened", None)
+def _widened(state: State, module: nn.Module) -> State:
+    """A state for a network that may have more input channels, or a codebook that is learnt in another way; itself
+    where there is nothing to widen."""
+    own_way = getattr(module, "widened", None)
     return state if own_way is None else own_way(state)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ldm.autoencoders.kl import Autoencoder
 from ldm.devices import beside
 from ldm.pictures import to_unit
+from ldm.training.distributed import collectives
 from ldm.training.ema import EMA
 from ldm.training.losses.reconstruction import Reconstruction
 from ldm.training.losses.term import PictureTerm, Reconstructed
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
+from ldm.training.randomness import seed_of
 
 LARGEST_FACTOR = 1e4  # of an adaptive weight (Esser et al. 2021's code)
 
@@ -89,6 +91,7 @@ class AutoencoderTraining(TrainedModule):
         z = posterior.sample(beside(eps, images))
         made = Reconstructed(images, self.autoencoder.decode(z).float(), posterior, z, self.global_step)
         likelihood, values = self._likelihood(made)
+        self.autoencoder.begin_batch(positions, self.draws.global_batch)
         regulariser, of_latents = self.autoencoder.regulariser(posterior, self.kl_weight)
         loss = likelihood + regulariser
         for name, term in self.terms.items():
@@ -138,6 +141,11 @@ class AutoencoderTraining(TrainedModule):
             if self.global_step < term.begins:  # without a gradient an optimizer leaves them alone, moments too
                 for parameter in term.parameters():
                     parameter.grad = None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        seed = seed_of(self.draws.seed, "autoencoder")
+        self.autoencoder.end_step(collectives.total_on_device, seed, self.global_step)
 
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]

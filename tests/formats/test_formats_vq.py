@@ -146,6 +146,22 @@ def test_measured_latents_leave_in_units_of_one_and_the_codebook_follows(tmp_pat
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 
 
+def test_what_a_codebook_learns_from_stays_here(tmp_path, autoencoder):
+    """A published file has codes alone; read for a run that goes on with averages, they begin from those."""
+    node = {**NODE, "codebook_decay": 0.9, "revive_after": 3}
+    moving = VQModel(**SIZES, norm_groups=8, codebook_decay=0.9, revive_after=3)
+    moving.load_state_dict(moving.widened(autoencoder.state_dict()))
+    moving.quantize.cluster_size.fill_(7)
+    whole = Stored({"autoencoder": node}, {"vae": {k: v.clone() for k, v in moving.state_dict().items()}})
+    write(whole, tmp_path / "moving.safetensors", "compvis")
+    write(checkpoint_of(autoencoder), tmp_path / "plain.safetensors", "compvis")
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("moving", "plain"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    again = load_any(tmp_path / "moving.safetensors").autoencoder.quantize
+    assert again.decay == 0.9 and again.cluster_size.eq(1).all() and again.unused.eq(0).all()
+    assert torch.equal(again.cluster_sum, autoencoder.quantize.embedding.weight)
+
+
 def test_what_these_files_cannot_be(tmp_path, autoencoder, sd1_folder):
     checkpoint = checkpoint_of(autoencoder)
     with pytest.raises(ConfigError, match=r"format=diffusers cannot carry autoencoder=ldm\.autoencoders\.vq\.VQModel"):

@@ -82,6 +82,7 @@ def on_device(monkeypatch, *overrides, of_class=False):
 
 
 MODELS = [f"model={m}" for m in options("model") if m.endswith("_tiny")]
+AVERAGES = ["+autoencoder.codebook_decay=0.99", "+autoencoder.revive_after=2", "+autoencoder.entropy_weight=0.1"]
 CASES = {
     **{model: [model] for model in MODELS},
     **{f"{m} {a}": [m, f"adapter=[{a}]"] for m in MODELS for a in ("lora", "hypernetwork")},
@@ -95,6 +96,10 @@ CASES = {
         *("module=autoencoder", "loss=[perceptual,adversarial_residual,focal_frequency,wavelet]"),
         *("module.losses.perceptual.features=random", "module.losses.adversarial.start=0"),
     ],
+    "codebook of averages": ["module=autoencoder", "autoencoder=vq_tiny", *AVERAGES],
+    "codebook revived": ["module=autoencoder", "autoencoder=vq_tiny", AVERAGES[1]],
+    "fsq": ["module=autoencoder", "autoencoder=fsq_tiny"],
+    "lfq": ["module=autoencoder", "autoencoder=lfq_tiny"],
 }
 
 
@@ -103,6 +108,7 @@ def test_a_step_copies_no_number_to_the_host(monkeypatch, case):
     module, batch = on_device(monkeypatch, *CASES.get(case, []), of_class=case == "prior")
     with Crossings() as seen:
         module.training_step(batch, 0).backward()
+        module.autoencoder.end_step(lambda values: None, 0, 0)
     assert not seen.to_host, seen.to_host
     assert seen.to_device.keys() == {"devices.on_device"} and seen.to_device.total() <= 6, seen.to_device
     with Crossings() as seen:
@@ -112,7 +118,7 @@ def test_a_step_copies_no_number_to_the_host(monkeypatch, case):
     assert seen.to_host == {"totals.reduce": 2}, "rows and values, once for all steps"
 
 
-@pytest.mark.parametrize("case", ["model=unet_tiny", "masking", "autoencoder", "codebook", "terms"])
+@pytest.mark.parametrize("case", ["model=unet_tiny", "masking", "autoencoder", "codebook", "terms", "lfq"])
 def test_neither_does_a_validation(monkeypatch, case):
     module, batch = on_device(monkeypatch, *CASES[case])
     batch["valid"] = torch.ones(2, dtype=torch.bool, device="meta")

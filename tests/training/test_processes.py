@@ -144,6 +144,21 @@ def test_nothing_of_ours_reduces_where_there_is_no_cpu_backend(backend):
         assert rank.value == (backend != "gloo", {"loss": 6.5, "by_t/2": 1.0}, 6, [0, 7, 1]), rank
 
 
+def test_a_tensor_where_training_computes_is_summed_over_its_own_group():
+    """In place, and by the default group, whose backend knows the device; one process keeps its numbers."""
+    values = torch.tensor([[1.0, 2.0]])
+    collectives.total_on_device(values)
+    assert values.tolist() == [[1, 2]]
+
+    def add(rank):
+        with processes.together(20), processes.group("gloo"):
+            values = torch.tensor([[1.0, 2.0]]) + 10 * rank
+            collectives.total_on_device(values)
+            return values.tolist(), collectives._host is None
+
+    assert [r.value for r in on_ranks(add)] == 2 * [([[12, 14]], True)]
+
+
 def test_sums_are_the_same_whenever_they_are_read():
     def read(rank):
         values = torch.Generator().manual_seed(rank)

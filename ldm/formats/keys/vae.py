@@ -10,6 +10,7 @@ import re
 
 from torch import Tensor
 
+from ldm.autoencoders.vq import LEARNING
 from ldm.formats.content import State
 
 PREFIX = "first_stage_model."
@@ -45,9 +46,10 @@ def from_compvis(state: State) -> State:
 
 
 def to_compvis(state: State) -> State:
-    """Ours, without `latents.*`, -> theirs (without the prefix)."""
+    """Ours, without `latents.*` and what a codebook learns from, -> theirs (without the prefix)."""
     levels = len({k.split(".")[2] for k in state if k.startswith("encoder.down_blocks.")})
-    return {_theirs(k, levels): _convolution(k, v) for k, v in state.items() if not k.startswith("latents.")}
+    carried = {k: v for k, v in state.items() if not k.startswith("latents.") and k not in LEARNING}
+    return {_theirs(k, levels): _convolution(k, v) for k, v in carried.items()}
 
 
 def from_diffusers(state: State) -> State:

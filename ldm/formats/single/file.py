@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.autoencoders.vq import begun
 from ldm.errors import ConfigError
 from ldm.formats import fold, published
 from ldm.formats.content import PARTS, Node, State, Stored, meaning
@@ -85,7 +86,7 @@ def add_vae(
         if scale_factor.numel() != 1:
             raise ConfigError(f"{source}: its scale_factor is {tuple(scale_factor.shape)}, not one number.")
         scaling = fold.checked(float(scale_factor), f"{source}")
-    state = ours | fold.units(wanted, scaling, shift)
+    state = begun(ours, wanted) | fold.units(wanted, scaling, shift)
     checkpoint.states["vae"] = filled(state, wanted, f"{source} (autoencoder)")
     checkpoint.config["autoencoder"] = node
 

@@ -1,7 +1,8 @@
 """Every exchange of ours in which all processes take part, and no other file of this package has one.
 
 They carry host tensors over a gloo group of our own, which works whatever the training's group can carry (NCCL's has
-nothing for host tensors), and never waits for a device. What libraries exchange goes through the default group.
+nothing for host tensors), and never waits for a device. What libraries exchange goes through the default group, as
+does `total_on_device`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ def total(values: Tensor) -> None:
     """Sums a host tensor over all processes, in place."""
     if (ours := _host_group()) is not None:
         dist.all_reduce(values, group=ours)
+
+
+def total_on_device(values: Tensor) -> None:
+    """Sums a tensor where training computes over all processes, in place; the host does not wait for it."""
+    if size() > 1:
+        processes.arrived()
+        dist.all_reduce(values)
 
 
 def highest(value: int) -> int:
