@@ -93,13 +93,14 @@ class AutoencoderTraining(TrainedModule):
         likelihood, values = self._likelihood(made)
         self.autoencoder.begin_batch(positions, self.draws.global_batch)
         regulariser, of_latents = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = likelihood + regulariser
+        loss, adversaries = likelihood + regulariser, torch.zeros_like(likelihood)
         for name, term in self.terms.items():
             if not term.likelihood:
-                loss = loss + self._beside(name, term, made, likelihood, values)
+                ours, theirs = self._beside(name, term, made, likelihood, values)
+                loss, adversaries = loss + ours, adversaries + theirs
         for name, value in {"loss": loss, **values, **of_latents}.items():
             self.totals.add(f"train/{name}", value)
-        return loss.mean()
+        return (loss + adversaries).mean()
 
     def _likelihood(self, made: Reconstructed) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) the error of the pictures, and (B,) values of its terms to log."""
@@ -113,10 +114,12 @@ class AutoencoderTraining(TrainedModule):
 
     def _beside(
         self, name: str, term: PictureTerm, made: Reconstructed, likelihood: Tensor, values: dict[str, Tensor]
-    ) -> Tensor:
-        """(B,) what a term that is no error of the picture adds to the loss; into `values` what is logged of it."""
+    ) -> tuple[Tensor, Tensor]:
+        """What a term that is no error of the picture adds to the loss, and the loss of its own parameters: (B,) or ()
+        each. Into `values` goes what is logged of it."""
+        nothing = likelihood.new_zeros(())
         if made.step < term.begins:  # its parameters take part all the same: processes wait for all gradients
-            return sum((0.0 * p.sum() for p in term.parameters()), likelihood.new_zeros(()))
+            return nothing, sum((0.0 * p.sum() for p in term.parameters()), nothing)
         value = term(made)
         values[name + term.note] = value
         weighed = self.losses[name].weight * value
@@ -126,9 +129,9 @@ class AutoencoderTraining(TrainedModule):
             weighed = factor * weighed
         own = term.own(made)
         if own is None:
-            return weighed
+            return weighed, nothing
         values.update(own[1])
-        return weighed + own[0]
+        return weighed, own[0]
 
     def _factor(self, likelihood: Tensor, value: Tensor, layer: str) -> Tensor:
         """() how much larger the likelihood's gradient is at a layer (Esser et al. 2021, Equation 7)."""

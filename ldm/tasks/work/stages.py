@@ -70,10 +70,13 @@ def prepare(values: dict[str, Any], command: Stages) -> Made:
 
 
 def autoencoder(values: dict[str, Any], command: Stages) -> Made:
-    """A first stage, trained once for all runs that agree on what decides it."""
-    folder = Path(values["outputs"]) / "stages"
-    finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
-    say(finished)
+    """A first stage, trained once for all runs that agree on what decides it; with module=autoencoder the run itself."""
+    if module_kind(command.config) == "autoencoder":  # type: ignore[arg-type]
+        finished = trained(command.config, values)
+    else:
+        folder = Path(values["outputs"]) / "stages"
+        finished = train_run(values, lambda digest: folder / f"autoencoder-{digest}")
+        say(finished)
     metrics = {f"autoencoder/{k}": v for k, v in finished.metrics.items() if k.startswith("val/")}
     told = {"path": str(finished.path), "step": finished.step}
     return Made(told, {"checkpoint": str(finished.path)}, metrics, finished.path)
