@@ -58,7 +58,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     ),
     "lightning": ("ldm.training", "ldm.data"),
     "webdataset": ("ldm.data",),
-    "transformers": ("ldm.text", "ldm.training.run", "ldm.training.losses"),
+    "transformers": ("ldm.text", "ldm.training.run", "ldm.features"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
     "wandb": ("ldm.training.run.wandb_mirror",),
     "pandas": ("ldm.analysis", "ldm.data", "ldm.tasks.work.lengths"),

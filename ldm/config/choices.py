@@ -16,6 +16,7 @@ from ldm.errors import ConfigError
 NOTHING = ("null", "none", "[]")
 EMPTY = ("none", "own")  # options of conf/ that leave a group empty, or to the model
 MANY = ("adapter", "callbacks", "metric")  # groups of several nodes, each under its name
+LISTS = ("adapter", "loss", "perturbation")  # of which any number is chosen
 FREE = ("experiment", "debug")  # left out by default; local is none then
 NO_NODES = (*FREE, "local", "task")
 
@@ -34,7 +35,7 @@ def said_in_words(argument: str) -> str:
 def _option(group: str, value: str) -> str:
     there = options(group)
     found = next((o for o in EMPTY if o in there), None)
-    if found or group in FREE or group in ("adapter", "loss"):
+    if found or group in (*FREE, *LISTS):
         return found or "[]"
     one = " (a single one is left out by name: callbacks.samples=null)" if group == "callbacks" else ""
     raise ConfigError(f"{group}={value}: it cannot be left out{one}. Choose one of {', '.join(there)}.")

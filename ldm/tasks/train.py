@@ -51,6 +51,7 @@ class Train(Diffused, Guided, Scored, Compiled, Checkpoint, Pictures, Shards, Im
     # --- what is trained
     module: Any = group("what is trained: the LightningModule with its loss, optimizer and average")
     loss: Any = group("loss terms beside the module's own, one or several: loss=[representation_alignment]")
+    perturbation: Any = group("what happens to latents before they are decoded (module=autoencoder), any number")
     model: Any = group("the denoising network")
     autoencoder: Any = group("the first stage")
     text_encoder: Any = group("captions to conditions")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
 from ldm.devices import beside
+from ldm.errors import ConfigError
 from ldm.pictures import to_unit
 from ldm.training.distributed import collectives
 from ldm.training.ema import EMA
+from ldm.training.losses.perturbations import Perturbation, Place
 from ldm.training.losses.reconstruction import Reconstruction
 from ldm.training.losses.term import PictureTerm, Reconstructed
 from ldm.training.module import LearningRate, OptimizerMaker, TrainedModule
 from ldm.training.randomness import seed_of
 
+DECODER = ("decoder.", "post_quant_conv.")  # beginnings of names in an autoencoder: what turns latents into pictures
 LARGEST_FACTOR = 1e4  # of an adaptive weight (Esser et al. 2021's code)
 
 
@@ -27,6 +30,8 @@ class AutoencoderTraining(TrainedModule):
 
     losses: terms by name, on the pictures that come back and their latents.
     kl_weight: per nat of an image, beside the mean over its pixels and channels.
+    train_parts: all, or the decoder alone: latents, and what was trained on them, stay as they are.
+    perturbations: what happens to latents before they are decoded, by name, in this order.
     optimizer, lr_scheduler, ema, seed: as in `TrainedModule`.
     """
 
@@ -39,16 +44,37 @@ class AutoencoderTraining(TrainedModule):
         optimizer: OptimizerMaker,
         losses: Mapping[str, PictureTerm | None] | None = None,
         kl_weight: float = 1e-6,
+        train_parts: Literal["all", "decoder"] = "all",
+        perturbations: Mapping[str, Perturbation | None] | None = None,
         lr_scheduler: LearningRate | None = None,
         ema: EMA | None = None,
         seed: int = 0,
     ):
         super().__init__(optimizer, lr_scheduler, ema, seed)
         self.autoencoder = autoencoder
-        self.take_losses(losses or {"reconstruction": Reconstruction()})
-        self.kl_weight = kl_weight
-        terms = [name for term in self.logged.values() for name in term]
-        self.count([f"train/{n}" for n in ("loss", *terms, *autoencoder.regulariser_names)])
+        terms = {name: term for name, term in (losses or {"reconstruction": Reconstruction()}).items() if term}
+        self.check_terms(terms)
+        for term in terms.values():
+            term.bind(autoencoder)
+        self.take_losses(terms)
+        self.kl_weight, self.trains_encoder = kl_weight, train_parts == "all"
+        self.perturbations = [a for a in (perturbations or {}).values() if a is not None]
+        if not self.trains_encoder:
+            self._hold_encoder()
+        of_terms = [name for names in self.logged.values() for name in names]
+        of_latents = autoencoder.regulariser_names if self.trains_encoder else ()
+        self.count([f"train/{n}" for n in ("loss", *of_terms, *of_latents)])
+
+    def _hold_encoder(self) -> None:
+        """Leaves all but the decoder as it is."""
+        for name, term in self.terms.items():
+            if term.of_latents:
+                raise ConfigError(
+                    f"module.losses.{name} teaches the encoder, which module.train_parts=decoder leaves as it is: "
+                    f"leave one of them out."
+                )
+        for name, parameter in self.autoencoder.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODER))
 
     @property
     def terms(self) -> dict[str, PictureTerm]:
@@ -83,17 +109,30 @@ class AutoencoderTraining(TrainedModule):
     def own_options(self) -> dict[str, dict[str, Any]]:
         return {start: term.options() for start, term in self.adversaries.items()}
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for term in self.terms.values():
+            term.start()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = to_unit(batch["image"])
-        posterior = self.autoencoder.encode(images)
+        with torch.set_grad_enabled(self.trains_encoder):
+            posterior = self.autoencoder.encode(images)
         positions = self.draws.positions(batch_idx, len(images))
         eps = self.draws.normal(posterior.mean.shape[1:], "posterior", self.global_step, positions)
         z = posterior.sample(beside(eps, images))
-        made = Reconstructed(images, self.autoencoder.decode(z).float(), posterior, z, self.global_step)
+        decoded, wanted = z, images
+        for perturb in self.perturbations:
+            decoded, wanted = perturb(decoded, wanted, Place(self.draws, self.global_step, positions))
+        output = self.autoencoder.decode(decoded).float()
+        made = Reconstructed(wanted, output, images, z, self.global_step)
         likelihood, values = self._likelihood(made)
-        self.autoencoder.begin_batch(positions, self.draws.global_batch)
-        regulariser, of_latents = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss, adversaries = likelihood + regulariser, torch.zeros_like(likelihood)
+        loss, adversaries = likelihood, torch.zeros_like(likelihood)
+        of_latents: dict[str, Tensor] = {}
+        if self.trains_encoder:
+            self.autoencoder.begin_batch(positions, self.draws.global_batch)
+            regulariser, of_latents = self.autoencoder.regulariser(posterior, self.kl_weight)
+            loss = loss + regulariser
         for name, term in self.terms.items():
             if not term.likelihood:
                 ours, theirs = self._beside(name, term, made, likelihood, values)
@@ -149,6 +188,8 @@ class AutoencoderTraining(TrainedModule):
         super().optimizer_step(*args, **kwargs)
         seed = seed_of(self.draws.seed, "autoencoder")
         self.autoencoder.end_step(collectives.total_on_device, seed, self.global_step)
+        for term in self.terms.values():
+            term.end_step(collectives.total_on_device)
 
     def validation_names(self) -> list[str]:
         return ["val/loss", "val/psnr", *(f"val/{n}" for n in self.autoencoder.regulariser_names)]
@@ -160,7 +201,7 @@ class AutoencoderTraining(TrainedModule):
         z = posterior.mode()
         output = self.autoencoder.decode(z).float().clamp(-1, 1)
         regulariser, watched = self.autoencoder.regulariser(posterior, self.kl_weight)
-        loss = self._likelihood(Reconstructed(images, output, posterior, z, self.global_step))[0] + regulariser
+        loss = self._likelihood(Reconstructed(images, output, images, z, self.global_step))[0] + regulariser
         return {"val/loss": loss, "val/psnr": psnr(output, images), **{f"val/{n}": v for n, v in watched.items()}}
 
 

@@ -10,7 +10,7 @@ from conf_nodes import CONF, options
 
 import ldm.tasks.work.train as training
 from ldm.config.check import check
-from ldm.config.choices import EMPTY, FREE, MANY, NO_NODES, NOTHING, said_in_words
+from ldm.config.choices import EMPTY, FREE, LISTS, MANY, NO_NODES, NOTHING, said_in_words
 from ldm.config.root import conf_dir, plain
 from ldm.config.schema import group_names
 
@@ -95,7 +95,7 @@ def test_entries_that_nothing_was_chosen_for(chosen, tmp_path, group):
 
 def test_what_must_be_something_is_refused_in_one_line(chosen):
     for group in group_names():
-        if group in (*CAN_BE_EMPTY, "task", "adapter", "loss", *FREE):
+        if group in (*CAN_BE_EMPTY, "task", *LISTS, *FREE):
             continue
         for word in ("null", "none", "[]"):
             refused = chosen("experiment=quickstart", f"{group}={word}")
@@ -105,7 +105,7 @@ def test_what_must_be_something_is_refused_in_one_line(chosen):
 
 def test_every_group_has_a_rule():
     assert {g for g in group_names() if (conf_dir() / g).is_dir()} == set(group_names())
-    for group in (*FREE, "adapter", "loss"):
+    for group in (*FREE, *LISTS):
         assert [said_in_words(f"{group}={word}") for word in NOTHING] == [f"{group}=[]"] * 3
     assert said_in_words("ema=null,decay") == "ema=none,decay" and said_in_words("prompt=none") == "prompt=none"
 

@@ -39,7 +39,9 @@ def with_option(usual, group, path):
 def test_every_option_binds_to_its_signature(group, usual):
     for path in sorted((CONF / group).glob("*.yaml")):
         config = with_option(usual, group, path)
-        place = "module" if group == "loss" else group  # terms stand in the module's node
+        if group == "perturbation":  # of the autoencoder's module alone
+            config = composed(f"{group}={path.stem}", "module=autoencoder")
+        place = "module" if group in ("loss", "perturbation") else group  # they stand in the module's node
         node = OmegaConf.to_container(config[place], resolve=True)
         if place == "module":  # its parts are handed in
             node = {k: v for k, v in node.items() if v != {}} | {"_partial_": True}

@@ -70,6 +70,7 @@ def test_killed_and_started_again_is_the_same_run(whole, shards, tmp_path, monke
 def test_two_processes_are_one_that_accumulates_two(shards, tmp_path):
     asked = [*TINY, *ADVERSARIAL, f"shards={shards}", "module.losses.adversarial.r1=1"]
     asked += ["trainer.gradient_clip_val=0.5", "module.losses.adversarial.discriminator.norm=none", "name=mine"]
+    asked += ["module.losses.adversarial.lecam=0.1", "perturbation=[equivariance,channel_dropout]"]
     asked += ["callbacks.reconstructions=null", f"outputs={tmp_path}/{{world}}", "trainer.accelerator=cpu"]
 
     def typed(world: str, *more: str) -> list[str]:

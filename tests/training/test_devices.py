@@ -96,6 +96,8 @@ CASES = {
         *("module=autoencoder", "loss=[perceptual,adversarial_residual,focal_frequency,wavelet]"),
         *("module.losses.perceptual.features=random", "module.losses.adversarial.start=0"),
     ],
+    "perturbed": ["module=autoencoder", "perturbation=[equivariance,noise,channel_dropout]", "loss=[adversarial]"]
+    + ["module.losses.adversarial.start=0", "module.losses.adversarial.lecam=1"],
     "codebook of averages": ["module=autoencoder", "autoencoder=vq_tiny", *AVERAGES],
     "codebook revived": ["module=autoencoder", "autoencoder=vq_tiny", AVERAGES[1]],
     "fsq": ["module=autoencoder", "autoencoder=fsq_tiny"],

@@ -11,7 +11,6 @@ from tiny_training import config
 from torch import nn
 from transformers import Dinov2Config
 
-from ldm.autoencoders.latents import Point
 from ldm.training.losses.adversarial import Adversarial
 from ldm.training.losses.discriminators import PatchDiscriminator, ResidualDiscriminator
 from ldm.training.losses.frequency import FocalFrequency, Wavelet, haar
@@ -21,7 +20,7 @@ from ldm.training.run.build import build_module, build_parts
 
 
 def made(images, output, step=0):
-    return Reconstructed(images, output, Point(torch.zeros(len(images), 1, 2, 2)), torch.zeros(1), step)
+    return Reconstructed(images, output, images, torch.zeros(len(images), 1, 2, 2), step)
 
 
 def pictures(n=3, size=32):
@@ -107,6 +106,26 @@ def test_losses_of_both_sides_by_hand():
     assert penalised.own(made(images, output))[1]["r1"].item() == pytest.approx(slope)
     assert penalised.own(made(images, output))[0].item() == pytest.approx(0.3 + 16 * 10 / 2 * slope)
     assert "r1" not in penalised.own(made(images, output, step=3))[1]
+
+
+def test_anchors_are_moving_averages_over_whole_steps():
+    """Two micro-batches are one; logits are pulled to the other side's average where they beat it (Tseng et al.)."""
+    images, output = pictures(4)
+    whole, halves = (Adversarial(Given(2.0), lecam=0.5) for _ in range(2))
+    whole.own(made(images, output))
+    whole.end_step(lambda sums: None)
+    for part in (slice(0, 1), slice(1, 4)):
+        halves.own(made(images[part], output[part]))
+    halves.end_step(lambda sums: None)
+    means = torch.stack([2 * images.mean(), 2 * output.mean()])
+    torch.testing.assert_close(whole.anchors, 0.01 * means)
+    torch.testing.assert_close(halves.anchors, whole.anchors)
+    whole.anchors.copy_(torch.tensor([0.4, -0.3]))
+    constant = made(torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), -0.2))  # logits of 1.0 and -0.4
+    loss, seen = whole.own(constant)
+    assert seen["lecam"].item() == pytest.approx((1.0 + 0.3) ** 2 + (0.4 + 0.4) ** 2)
+    assert loss.item() == pytest.approx(0.3 + 0.5 * seen["lecam"].item())
+    assert set(whole.state_dict()) == {"discriminator.weight", "anchors"}
 
 
 @pytest.mark.parametrize("discriminator", [PatchDiscriminator(8), ResidualDiscriminator(8, 3)])

@@ -70,7 +70,7 @@ def prepare(values: dict[str, Any], command: Stages) -> Made:
 
 
 def autoencoder(values: dict[str, Any], command: Stages) -> Made:
-    """A first stage, trained once for all runs that agree on what decides it; with module=autoencoder the run itself."""
+    """A first stage, trained once for all runs that agree on what decides it, or with module=autoencoder the run."""
     if module_kind(command.config) == "autoencoder":  # type: ignore[arg-type]
         finished = trained(command.config, values)
     else:

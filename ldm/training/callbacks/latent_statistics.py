@@ -30,6 +30,7 @@ class LatentStatistics(L.Callback):
             # The same images on every rank: the numbers are equal without a collective.
             images = [to_unit(batch.to(pl_module.device)) for batch in batches]
             posteriors = [autoencoder.encode(image) for image in images]
-            autoencoder.latents.measure(posteriors)
+            if pl_module.trains_encoder or not autoencoder.latents.measured:  # or diffusion knows them by these units
+                autoencoder.latents.measure(posteriors)
             pairs = zip((autoencoder.latents.standardise(p.mode()) for p in posteriors), images, strict=True)
             autoencoder.latents.fit_preview(pairs)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from ldm.errors import ConfigError
-from ldm.features.frozen import Frozen
+from ldm.features.vision import VisionTokens
 from ldm.training.losses.term import LossTerm, Step
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which such encoders are fed by
 
 
 class RepresentationAlignment(LossTerm):
@@ -28,40 +24,21 @@ class RepresentationAlignment(LossTerm):
     width: C.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, encoder: str, layer: str, width: int, weight: float = 0.5, projector_width: int = 2048):
         super().__init__()
-        self.encoder_name, self.layers, self.width, self.weight = encoder, (layer,), width, weight
-        try:
-            config = AutoConfig.from_pretrained(encoder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"module.losses.alignment.encoder={encoder}: transformers finds no model there "
-                f"({' '.join(str(error).split())[:150]}). Give a hub id such as facebook/dinov2-base, or a folder that "
-                "save_pretrained wrote."
-            ) from error
-        if not isinstance(getattr(config, "patch_size", None), int):
-            raise ConfigError(
-                f"module.losses.alignment.encoder={encoder} ({config.model_type}) does not read a picture in patches: "
-                "give a vision transformer such as facebook/dinov2-base."
-            )
-        self.patch = config.patch_size
+        self.layers, self.width, self.weight = (layer,), width, weight
+        tokens = VisionTokens(encoder, "module.losses.alignment.encoder")
         self.projector = nn.Sequential(
             nn.Linear(width, projector_width),
             nn.SiLU(),
             nn.Linear(projector_width, projector_width),
             nn.SiLU(),
-            nn.Linear(projector_width, config.hidden_size),
+            nn.Linear(projector_width, tokens.width),
         )
-        for name, values in (("mean", MEAN), ("std", STD)):  # buffers, so that no step copies them to the device
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.encoder = Frozen()
+        self.tokens = tokens
 
     def start(self) -> None:
-        if self.encoder.network is None:
-            self.encoder.hold(AutoModel.from_pretrained(self.encoder_name, use_safetensors=True))
+        self.tokens.start()
 
     def forward(self, step: Step) -> Tensor:
         if "image" not in step.batch:
@@ -69,12 +46,12 @@ class RepresentationAlignment(LossTerm):
                 "representation alignment reads the pictures, and these shards hold latents only: give shards= of "
                 "images, and leave the stage encode out (stages.encode=false)."
             )
-        tokens, (height, width) = self._tokens(step)
+        tokens, (height, width) = self._hidden(step)
         wanted = self.features(step.batch["image"], height, width)
         wanted = wanted.repeat_interleave(len(tokens) // len(wanted), dim=0)
         return -F.cosine_similarity(self.projector(tokens), wanted, dim=-1).mean(dim=1)
 
-    def _tokens(self, step: Step) -> tuple[Tensor, tuple[int, int]]:
+    def _hidden(self, step: Step) -> tuple[Tensor, tuple[int, int]]:
         """The hidden state as (N,T,C), and how many rows and columns T is."""
         hidden = step.hidden[self.layers[0]]
         if hidden.ndim == 4:
@@ -90,14 +67,6 @@ class RepresentationAlignment(LossTerm):
             )
         return hidden, size
 
-    @torch.no_grad()
     def features(self, images: Tensor, height: int, width: int) -> Tensor:
         """The encoder's tokens of pictures, uint8 (B,3,H,W) -> (B, height x width, D)."""
-        self.start()
-        encoder = self.encoder.network
-        pixels = F.interpolate(
-            images.float() / 255, (height * self.patch, width * self.patch), mode="bicubic", antialias=True
-        )
-        options = {} if "dinov2" in encoder.config.model_type else {"interpolate_pos_encoding": True}
-        states = encoder(pixel_values=(pixels.clamp(0, 1) - self.mean) / self.std, **options).last_hidden_state
-        return states[:, -height * width :]  # before them stand its class token and registers
+        return self.tokens(images.float() / 255, height, width)

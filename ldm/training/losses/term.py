@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ldm.autoencoders.latents import Posterior
+from ldm.autoencoders.kl import Autoencoder
 from ldm.diffusion.loss import Prediction
 from ldm.diffusion.weightings import Weighting
 from ldm.errors import ConfigError, nearest
@@ -58,15 +58,16 @@ class LossTerm(nn.Module):
 class Reconstructed:
     """What the terms of an autoencoder's loss look at: a micro-batch of B pictures and what came back of them.
 
-    images: (B,3,H,W) in [-1, 1]. output: (B,3,H,W) float32, in [-1, 1] where real.
-    posterior: of the pictures' latents. z: (B,C,h,w), the latents that were decoded.
+    images: (B,3,H,W) in [-1, 1], what was to come back. output: (B,3,H,W) float32, in [-1, 1] where real.
+    originals: (B,3,H,W), what was encoded, and encoded: (B,C,h,w), the latents that were drawn of it: others than what
+        came back and was decoded only where latents are perturbed.
     step: optimizer steps made so far.
     """
 
     images: Tensor
     output: Tensor
-    posterior: Posterior
-    z: Tensor
+    originals: Tensor
+    encoded: Tensor
     step: int
 
 
@@ -80,6 +81,7 @@ class PictureTerm(nn.Module):
     adaptive: its weight is multiplied by how much larger the likelihood's gradient is than its own (Esser et al. 2021,
         Equation 7), at the last layer of the "decoder" or the "encoder"; None: not.
     begins: the step from which on it counts; before, its parameters stay as they are.
+    of_latents: whether it looks at nothing that the decoder makes.
     adversary: whether its parameters are a network that is trained against the autoencoder: with options of its own in
         the optimizer, clipped by itself, not averaged.
     note: follows its name in logs.
@@ -89,6 +91,7 @@ class PictureTerm(nn.Module):
     likelihood: bool = False
     adaptive: str | None = None
     begins: int = 0
+    of_latents: bool = False
     adversary: bool = False
     note: str = ""
     watched: tuple[str, ...] = ()  # names of what `own` gives to be logged
@@ -99,6 +102,18 @@ class PictureTerm(nn.Module):
     def own(self, made: Reconstructed) -> tuple[Tensor, dict[str, Tensor]] | None:
         """(B,) what its own parameters alone learn from, as a discriminator does, and (B,) values to log; or None."""
         return None
+
+    def bind(self, autoencoder: Autoencoder) -> None:
+        """Called once when the module is built: what depends on the autoencoder is made here."""
+
+    def start(self) -> None:
+        """Called once before the first step: what takes time or memory to open is opened here."""
+
+    def end_step(self, summed: Callable[[Tensor], None]) -> None:
+        """Called after each optimizer step, by all processes: what is learnt from sums over its micro-batches.
+
+        summed: adds a tensor on its device over all processes, in place.
+        """
 
     def options(self) -> dict[str, Any]:
         """Of the optimizer for an adversary's parameters; those that it does not know are left out."""
