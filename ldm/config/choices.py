@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.config.root import plain
 from ldm.config.schema import group_names, options
@@ -17,6 +17,7 @@ NOTHING = ("null", "none", "[]")
 EMPTY = ("none", "own")  # options of conf/ that leave a group empty, or to the model
 MANY = ("adapter", "callbacks", "metric")  # groups of several nodes, each under its name
 LISTS = ("adapter", "loss", "perturbation")  # of which any number is chosen
+OF_THE_MODULE = {"loss": "losses", "perturbation": "perturbations"}  # whose options stand in the module's node
 FREE = ("experiment", "debug")  # left out by default; local is none then
 NO_NODES = (*FREE, "local", "task")
 
@@ -49,14 +50,22 @@ def drop_leftovers(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     nodes = {g: node for g, node in plain(config).items() if g in set(group_names()) - set(NO_NODES)}
     for group, node in nodes.items():
         for key in node.keys() - _kept(group, node).keys() if isinstance(node, Mapping) else ():
-            typed = [o for o in overrides if o.lstrip("+").startswith((f"{group}.{key}.", f"{group}.{key}="))]
-            if typed:
-                raise ConfigError(
-                    f"{typed[0]}: nothing is chosen for {group}= that could take it. Choose an option of {group}= too, "
-                    "or leave this out."
-                )
-            with open_dict(config):
-                del config[group][key]
+            _drop(config, group, key, group, overrides)
+    for group, key in OF_THE_MODULE.items():
+        node = (nodes.get("module") or {}).get(key) or {}
+        for name in [k for k, v in node.items() if isinstance(v, Mapping) and "_target_" not in v]:
+            _drop(config, f"module.{key}", name, group, overrides)
+
+
+def _drop(config: DictConfig, place: str, key: str, group: str, overrides: Sequence[str]) -> None:
+    typed = [o for o in overrides if o.lstrip("+").startswith((f"{place}.{key}.", f"{place}.{key}="))]
+    if typed:
+        raise ConfigError(
+            f"{typed[0]}: nothing is chosen for {group}= that could take it. Choose an option of {group}= too, "
+            "or leave this out."
+        )
+    with open_dict(config):
+        del OmegaConf.select(config, place)[key]
 
 
 def _kept(group: str, node: Mapping[str, Any]) -> dict[str, Any]:

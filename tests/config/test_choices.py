@@ -136,3 +136,13 @@ def test_the_plan_counts_no_average(tmp_path):
     assert with_average.returncode == 0 and "average,0,0,0\n" not in Path(tmp_path / "plan.csv").read_text().replace(
         "\r", ""
     )
+
+
+def test_terms_that_are_not_chosen_take_what_an_experiment_says_of_them_along(chosen):
+    """`loss=[]` on an experiment that sets its terms' options; typed ones are refused."""
+    for typed, left in (("loss=[]", set()), ("loss=[wavelet]", {"wavelet"}), ("loss=[adversarial]", {"adversarial"})):
+        config = chosen("experiment=ae_small", typed)
+        assert isinstance(config, dict), config
+        assert set(config["module"]["losses"]) == {"reconstruction"} | left
+    refused = chosen("experiment=ae_small", "loss=[]", "module.losses.adversarial.weight=1")
+    assert isinstance(refused, str) and "nothing is chosen for loss=" in refused
