@@ -75,7 +75,7 @@ def autocorrelation(x0: Tensor, lag: int) -> float:
 
 
 def spectrum(x0: Tensor) -> tuple[Tensor, Tensor]:  # (N,C,h,w) -> (K,), (K,)
-    """Frequencies in cycles a picture's shorter side, 1/2 to (min(h, w) - 1)/2, and the mean power around each.
+    """Frequencies in cycles a picture's shorter side, about 1/2 to (min(h, w) - 1)/2, and the mean power around each.
 
     Of the orthonormal DCT-II, as in Skorokhodov et al. 2025: latents do not go on at the other side of a picture, and a
     Fourier transform would take that step for power at high frequencies. White noise of variance 1 has power 1.
@@ -85,10 +85,13 @@ def spectrum(x0: Tensor) -> tuple[Tensor, Tensor]:  # (N,C,h,w) -> (K,), (K,)
     x = _dct(height, x0) @ x0.double() @ _dct(width, x0).mT
     power = x.square().mean(dim=(0, 1))
     down, right = (torch.arange(n, dtype=torch.float64) * side / n for n in (height, width))
-    ring = (down[:, None].square() + right.square()).sqrt().round().long().to(x0.device)  # in half cycles
-    means = [power[ring == r].mean() for r in range(1, side)]
-    frequencies = torch.arange(1, side, dtype=torch.float64) / 2
-    return frequencies, torch.stack(means).cpu() if means else frequencies
+    radius = (down[:, None].square() + right.square()).sqrt()  # in half cycles
+    rings = [radius.round() == r for r in range(1, side)]
+    if not rings:
+        return torch.zeros(2, 0, dtype=torch.float64).unbind()  # type: ignore[return-value]
+    # The mean of log r, not the ring's number: the first ring's (1, 1) would make all spectra look flatter.
+    frequencies = torch.stack([radius[ring].log().mean().exp() / 2 for ring in rings])
+    return frequencies, torch.stack([power.cpu()[ring].mean() for ring in rings])
 
 
 def spectral_slope(frequencies: Tensor, power: Tensor) -> float:

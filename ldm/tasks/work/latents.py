@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.autoencoders.implied import ImpliedCodebook
 from ldm.autoencoders.kl import Autoencoder
-from ldm.autoencoders.latents import Posterior
+from ldm.autoencoders.latents import LatentSpace, Posterior
 from ldm.autoencoders.usage import MOST_CODES, perplexity, shares, use
 from ldm.autoencoders.vq import VQModel
 from ldm.checkpoints.components import task_device
@@ -28,6 +28,7 @@ from ldm.config.root import digest, plain
 from ldm.data.fields import fields_of
 from ldm.data.shards.splits import Shards, file_name
 from ldm.devices import on_device
+from ldm.diffusion.exact import Gaussian
 from ldm.errors import ConfigError
 from ldm.metrics.latent_space import snr_db, spectrum, statistics
 from ldm.metrics.reconstruction import Reconstruction
@@ -71,8 +72,7 @@ class Encoded:
     mean: Tensor
     std: Tensor
 
-    def standardised(self, autoencoder: Autoencoder) -> Latents:
-        space = autoencoder.latents
+    def standardised(self, space: LatentSpace) -> Latents:
         return Latents(space.standardise(self.mean), self.std / space.scale.view(-1, 1, 1))
 
 
@@ -162,49 +162,68 @@ def _check_fits(space: Space, size: int) -> None:
 
 
 def _remark_on_shared(images: dict[str, Shards]) -> None:
+    """Says where so few pictures are there that none is held out."""
     if np.isin(images["val"].index.keys, images["train"].index.keys).any():
         print("too few pictures to hold some out: they are judged on pictures that the denoiser is trained on.")
 
 
 @torch.no_grad()
 def _measure(space: Space, images: dict[str, Shards], size: int, values: dict[str, Any]) -> Measured:
-    device, seed = task_device(), values["seed"]
-    autoencoder = space.autoencoder.to(device)
+    autoencoder = space.autoencoder.to(task_device())
     training = _encoded(autoencoder, images["train"], size, values["denoiser_images"], values["batch_size"])
-    if not autoencoder.latents.measured:
+    latents = autoencoder.latents
+    if not latents.measured:
         print(
             f"{space.label}: its latents had no mean and scale, which were measured on {len(training.mean)} pictures."
         )
-        autoencoder.latents.measure([Posterior(training.mean, 2 * training.std.log())])
+        latents.measure([Posterior(training.mean, 2 * training.std.log())])
     metrics, held_out, shown = _reconstructed(autoencoder, images["val"], size, values["batch_size"])
-    autoencoder.latents.to("cpu")  # statistics are taken where the latents are
-    train, val = training.standardised(autoencoder), held_out.standardised(autoencoder)
-    x0 = train.sample(generator(seed, "latents", "train"))
-    deviation = (training.mean.double().var(dim=(0, 2, 3), correction=0) + _power(training.std)).sqrt()
-    means = training.mean.double().mean(dim=(0, 2, 3))
-    _, channels, height, width = training.mean.shape
-    raw: dict[str, float] = {"channels": channels, "height": height, "width": width}
-    raw |= {"mean": float(means.mean()), "scale": float(deviation.square().mean().sqrt())}
-    metrics |= {f"latents/{k}": float(v) for k, v in raw.items()}
+    latents.to("cpu")  # beside what it standardises
+    train, val = training.standardised(latents), held_out.standardised(latents)
+    x0 = train.sample(generator(values["seed"], "latents", "train"))
+    raw, channels = _raw_statistics(training)
+    metrics |= {f"latents/{k}": v for k, v in raw.items()}
     metrics |= {f"latents/{k}": v for k, v in statistics(x0, training.mean, training.std.square()).items()}
-    gaussian = gaussian_of(x0)
-    with torch.enable_grad():
-        denoiser = train_denoiser(train, values["denoiser_steps"], seed, device)
-    x0_val = val.sample(generator(seed, "latents", "val"))[:DENOISED]
-    errors = held_out_errors(denoiser, gaussian, x0_val, seed, device)
+    judged = _diffusability(autoencoder, train, gaussian_of(x0), val, shown, values)
+    metrics |= {f"diffusability/{k}": v for k, v in judged.items()}
+    z = held_out.mean[:SHOWN]
+    rows = reconstruction_rows(shown[:SHOWN], autoencoder.decode(on_device(z, task_device())).cpu(), z)
+    return Measured(metrics, channels, spectrum(x0), reconstruction_sheet(rows))
 
-    def decode(latents: Tensor) -> Tensor:
-        z = autoencoder.latents.restore(latents.cpu())
+
+def _raw_statistics(training: Encoded) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Of latents as the autoencoder speaks them: numbers, and lists of one a channel."""
+    mean, variance = training.mean.double(), training.std.double().square()
+    middle = mean.mean(dim=(0, 2, 3))
+    scale = (mean.var(dim=(0, 2, 3), correction=0) + variance.mean(dim=(0, 2, 3))).sqrt()  # law of total variance
+    _, channels, height, width = (float(n) for n in mean.shape)
+    numbers = {"channels": channels, "height": height, "width": width, "mean": float(middle.mean())}
+    numbers["scale"] = float(scale.square().mean().sqrt())
+    by_channel = {"mean": middle, "scale": scale, "snr_db": snr_db(mean, variance)}
+    return numbers, {k: v.tolist() for k, v in by_channel.items()}
+
+
+def _diffusability(
+    autoencoder: Autoencoder,
+    train: Latents,
+    gaussian: Gaussian,
+    val: Latents,
+    pictures: Tensor,
+    values: dict[str, Any],
+) -> dict[str, float]:
+    """Trains the small denoiser and judges it on held-out latents, whose pictures (N,3,H,W) are in the same order."""
+    device, seed = task_device(), values["seed"]
+
+    def decode(x0: Tensor) -> Tensor:
+        z = autoencoder.latents.restore(x0.cpu())
         return autoencoder.decode(on_device(z, device)).float().clamp(-1, 1)
 
-    decoded = decoded_jumps(denoiser, gaussian, x0_val[:JUMPED], shown[:JUMPED], decode, seed, device)
-    judged = scores(errors, decoded, channels * height * width, size**2)
-    metrics |= {f"diffusability/{k}": v for k, v in judged.items()}
-    few, z = shown[:SHOWN], held_out.mean[:SHOWN]
-    rows = reconstruction_rows(few, autoencoder.decode(on_device(z, device)).cpu(), z)
-    per_channel = {"mean": means, "scale": deviation, "snr_db": snr_db(training.mean, training.std.square())}
-    lists = {k: v.tolist() for k, v in per_channel.items()}
-    return Measured(metrics, lists, spectrum(x0), reconstruction_sheet(rows))
+    with torch.enable_grad():
+        denoiser = train_denoiser(train, values["denoiser_steps"], seed, device)
+    x0 = val.sample(generator(seed, "latents", "val"))[:DENOISED]
+    errors = held_out_errors(denoiser, gaussian, x0, seed, device)
+    decoded = decoded_jumps(denoiser, gaussian, x0[:JUMPED], pictures[:JUMPED], decode, seed, device)
+    return scores(errors, decoded, x0[0].numel(), pictures[0, 0].numel())
 
 
 def _encoded(autoencoder: Autoencoder, shards: Shards, size: int, limit: int, batch_size: int) -> Encoded:
@@ -269,10 +288,6 @@ def _indices(autoencoder: Autoencoder, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,
         return autoencoder.quantize.nearest(z)
     assert isinstance(autoencoder, ImpliedCodebook)
     return autoencoder.indices(z)
-
-
-def _power(std: Tensor) -> Tensor:  # (N,C,h,w) -> (C,)
-    return std.double().square().mean(dim=(0, 2, 3))
 
 
 def _write(found: dict[str, dict[str, float]], output: Path) -> None:
