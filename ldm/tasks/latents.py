@@ -12,6 +12,9 @@ from ldm.config.keys import Batches, Checkpoint, ImageSize, Output, Seeded, Shar
 
 @dataclass
 class Latents(Checkpoint, Shards, ImageSize, Batches, Seeded, Output, Task):
+    checkpoint: str | None = key(
+        None, "autoencoder, or [A,B,...]: run, checkpoint folder, diffusers folder, .safetensors, .ckpt", holds="path"
+    )
     denoiser_steps: int = key(300, "steps of the small denoiser that is trained on the latents", least=1)
     denoiser_images: int = key(8192, "training pictures whose latents are measured and denoised, at most", least=2)
 

@@ -63,7 +63,7 @@ def test_two_autoencoders_are_two_rows_and_the_same_twice(made):
     told = json.loads((made / "first/latents.json").read_text())
     assert told["spaces"]["vq"]["metrics"]["latents/snr_db"] == "inf"
     assert len(told["spaces"]["autoencoder"]["channels"]["snr_db"]) == 4
-    for name in ("autoencoder", "vq", "spectra"):
+    for name in ("reconstructions-autoencoder", "reconstructions-vq", "spectra"):
         assert Image.open(made / f"first/{name}.png").size > (100, 100)
 
 
@@ -78,6 +78,12 @@ def test_the_use_of_a_codebook_is_that_of_all_pictures_together(made):
     pictures = torch.cat(list(pictures_of(open_split(made / "shards", "val"), 32)))
     codes = autoencoder.quantize.nearest(autoencoder.encode(pictures).mean)
     assert float(rows(folder)[0]["codebook/use"]) == pytest.approx(float(use(shares(codes, 256))))
+
+
+@pytest.mark.slow
+def test_pictures_that_are_judged_and_trained_on_are_remarked_on(made):
+    done = here("task=latents", f"checkpoint={made / 'vq'}", f"shards={made / 'shards/train'}", *FEW, cwd=made)
+    assert done.returncode == 0 and "too few pictures to hold some out" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

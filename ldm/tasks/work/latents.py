@@ -107,7 +107,7 @@ def compare(config: DictConfig) -> dict[str, float]:
         measured = _measure(space, images, size, values)
         found[space.label], spectra[space.label] = measured.metrics, measured.spectrum
         about[space.label] = {"checkpoint": space.path, "metrics": measured.metrics, "channels": measured.channels}
-        measured.sheet.save(output / f"{file_name(space.label)}.png")
+        measured.sheet.save(output / f"reconstructions-{file_name(space.label)}.png")
         print(f"{space.label}: {time.perf_counter() - begun:.0f} s")
     write_json(output / "latents.json", {"asked": asked, "spaces": about})
     _write(found, output)
