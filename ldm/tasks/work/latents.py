@@ -310,4 +310,4 @@ def _figure(spectra: dict[str, tuple[Tensor, Tensor]]) -> Image.Image | None:
     if len(axis) < 2:
         return None
     lines = {k: [*power.log10().tolist(), *[math.nan] * (len(axis) - len(power))] for k, (_, power) in spectra.items()}
-    return curves(axis, lines, "cycles a picture", "log10 power of x0")
+    return curves([round(f, 1) for f in axis], lines, "cycles a picture", "log10 power of x0")
