@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from ldm.errors import NotFinite
 
 MARGIN = 4
+MOST_CHANNELS = 16  # of latents that a sheet shows
+COMPARED = ("input", "output", "difference x4")
 
 
 def to_pil(image: Tensor) -> Image.Image:  # (3,H,W) in [-1, 1]
@@ -56,6 +59,28 @@ def grid(images: Tensor, labels: Sequence[str] = (), columns: int | None = None,
         sheet.paste(tile, (x, y))
         draw.multiline_text((x, y + height), "\n".join(label), fill="black", font=_font(), spacing=1)
     return sheet
+
+
+def reconstruction_rows(images: Tensor, outputs: Tensor, z: Tensor) -> Tensor:
+    """What an autoencoder does to pictures, (B,R,3,H,W) in [-1, 1]: input, output, their difference x4 around grey, and
+    the first 16 channels of the latents.
+
+    images, outputs (B,3,H,W) in [-1, 1]; z (B,C,h,w). A picture's latents have one unit, in which the largest number is
+    black or white and 0 is grey: nothing is shared between pictures, which other processes may hold.
+    """
+    outputs = outputs.float().clamp(-1, 1)
+    difference = (4 * (outputs - images)).clamp(-1, 1)
+    unit = z.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+    greys = F.interpolate((z / unit)[:, :MOST_CHANNELS].float(), images.shape[-2:], mode="nearest")
+    greys = greys[:, :, None].expand(-1, -1, 3, -1, -1)
+    return torch.cat([torch.stack([images, outputs, difference], dim=1), greys], dim=1)
+
+
+def reconstruction_sheet(rows: Tensor) -> Image.Image:  # (B,R,3,H,W) of `reconstruction_rows`, on the host
+    """A column a picture; the first says what each row is."""
+    names = [*COMPARED, *(f"channel {i}" for i in range(rows.shape[1] - len(COMPARED)))]
+    labels = [name if i == 0 else "" for name in names for i in range(len(rows))]
+    return grid(rearrange(rows, "b r c h w -> (r b) c h w"), labels, columns=len(rows))
 
 
 @dataclass
@@ -103,7 +128,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: st
     axes = figure.add_subplot(xscale="log", xlabel=x_label, ylabel=y_label)
     for i, (name, y) in enumerate(lines.items()):
         axes.plot(x, y, marker="o" if i == 0 else None, linestyle="-" if i == 0 else "--", label=name)
-    if 0 < max(x) < 100 * min(x):  # powers of ten alone would say too little
+    if 0 < max(x) < 100 * min(x) and len(x) <= 12:  # powers of ten alone would say too little
         axes.set_xticks(x, labels=[f"{value:g}" for value in x], fontsize="small")
         axes.set_xticks([], minor=True)
     axes.legend(fontsize="small")

@@ -15,7 +15,7 @@ PICTURES = {
     "jump_to_x0": "The film strip: the current latent, and the jump to x0 from it",
     "jump_to_x0_preview": "Every step as a linear preview",
     "x0_error": "How wrong the jump is, by noise level",
-    "reconstructions": "What the autoencoder keeps: images above reconstructions",
+    "reconstructions": "What the autoencoder keeps: images, reconstructions, their difference x4, latents",
 }
 STYLE = "body{font:15px sans-serif;max-width:1100px;margin:2em auto;color:#222}img{max-width:100%}"
 STYLE += "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:3px 9px;text-align:right}"

@@ -84,7 +84,7 @@ def evaluate_run(config: dict[str, Any]) -> tuple[dict[str, float], Path]:
     if before.get("key") == key and isinstance(before.get("metrics"), dict):
         return {k: math.nan if v is None else v for k, v in before["metrics"].items()}, output
     metrics = built_metrics(config["metric"])
-    images = _image_shards(shards, fields, fraction)
+    images = image_shards(shards, fields, fraction)
     size = trained.get("image_size") or images["train"].facts.get("image_size")
     if not size:
         raise ConfigError(f"neither {source} nor {shards} says how large the pictures are: prepare the data again.")
@@ -118,7 +118,7 @@ def _evaluation(
         grid(drawn[half].pictures[:32], captions[:32]).save(output / f"{half}.png")
 
     def real(split: str, limit: int | None = None) -> Iterator[Tensor]:
-        return _pictures(images[split], size, limit)
+        return pictures_of(images[split], size, limit)
 
     @torch.no_grad()
     def reconstruct(pictures: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -> dict[str, Shards]:
+def image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -> dict[str, Shards]:
     """Splits of the images behind a path: of the parent, where the path holds latents.
 
     fraction: the share that the training held out, where the data have no val/ of their own.
@@ -191,7 +191,7 @@ def _image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) 
     }
 
 
-def _pictures(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
+def pictures_of(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
     """Images in [-1, 1], in the order of the shards; those that cannot be read are left out."""
     chosen = range(min(len(shards), limit or len(shards)))
     for batch, _ in sequential(shards, size, 256, positions=chosen, fields=shards.reading.unread()):

@@ -13,7 +13,7 @@ from ldm.checkpoints.sampler import USUAL
 from ldm.diffusion.grids import Spacing
 from ldm.diffusion.samplers.solver import Solver
 from ldm.errors import NotFinite
-from ldm.pictures import Frame, film_strip, grid, to_bytes, to_unit
+from ldm.pictures import Frame, film_strip, grid, reconstruction_rows, reconstruction_sheet, to_bytes, to_unit
 from ldm.sampling import Request, Sampler, chosen_steps
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.distributed import collectives
@@ -77,7 +77,7 @@ def _unit(shown: torch.Tensor) -> torch.Tensor:
 
 
 class Reconstructions(_Pictures):
-    """Validation images above what the autoencoder makes of them (module=autoencoder)."""
+    """Validation images, what the autoencoder makes of them, the difference, and the latents (module=autoencoder)."""
 
     watches = AutoencoderTraining
 
@@ -89,13 +89,14 @@ class Reconstructions(_Pictures):
 
         def make(rows: list[int]) -> list[torch.Tensor]:
             mine = images[rows].to(module.device)
-            return [mine, module.autoencoder.decode(module.autoencoder.encode(mine).mode())]
+            z = module.autoencoder.encode(mine).mode()
+            return [reconstruction_rows(mine, module.autoencoder.decode(z), z)]
 
         return len(images), make
 
     def show(self, trainer: L.Trainer, made: list[torch.Tensor], step: int) -> None:
-        picture = grid(torch.cat(made), columns=len(made[0]))
-        log_picture(trainer, "reconstructions", picture, step, "images above reconstructions")
+        text = "images above reconstructions, their difference x4 and the latents' channels"
+        log_picture(trainer, "reconstructions", reconstruction_sheet(made[0]), step, text)
 
 
 class JumpToX0(_Pictures):
