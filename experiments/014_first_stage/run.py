@@ -1,6 +1,6 @@
 """Autoencoders of the emoji: what terms and codebooks give at equal steps.
 
-python experiments/014_first_stage/run.py [terms|codebooks] [--steps 600] [--seeds 0,1]
+python experiments/014_first_stage/run.py [terms|codebooks] [--steps 400] [--seeds 0,1]
 
 Each is `python -m ldm.run experiment=ae_small source=emoji_32 ...`, in its own outputs/; numbers are of the 41 held-out
 pictures, codebooks' use of all training pictures. terms.csv, codebooks.csv and sheets of pictures stay here.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.load import load_any
-from ldm.data.loader import sequential
+from ldm.data.samples import sequential
 from ldm.data.shards.splits import open_split
 from ldm.features.vgg import LPIPS
 from ldm.pictures import grid, to_unit
@@ -93,7 +93,7 @@ def use(run: Path, images: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("terms", "codebooks"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", default="0,1")
     asked = parser.parse_args()
     arms = TERMS if asked.what == "terms" else CODEBOOKS
