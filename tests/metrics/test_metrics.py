@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ldm.data.sources import shapes as source
+from ldm.features.vgg import LPIPS
 from ldm.metrics import shapes
 from ldm.metrics.nearest import NearestTraining
+from ldm.metrics.perceptual import PerceptualReconstruction
 from ldm.metrics.reconstruction import PSNR_MAX, Reconstruction
 from ldm.metrics.shapes import WORDS, ShapeScore, wilson
 
@@ -151,3 +153,17 @@ def test_reconstruction_is_torchmetrics_averaged_over_pictures():
     exact = Reconstruction()
     exact.update(target, target)
     assert exact.compute()["psnr"] == pytest.approx(PSNR_MAX) and exact.compute()["ssim"] == pytest.approx(1, abs=1e-3)
+
+
+def test_lpips_of_reconstructions_and_what_is_left_of_gradients():
+    """Half the contrast is a quarter of the energy; the same pictures are at no distance, whatever the batches."""
+    pictures = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    metric = PerceptualReconstruction()
+    for part in pictures.split(2):
+        metric.update(part / 2, part)
+    found = metric.compute()
+    assert found["gradient_energy"] == pytest.approx(0.25)
+    assert found["lpips_random"] == pytest.approx(LPIPS()(pictures / 2, pictures).mean().item(), rel=1e-5)
+    metric.reset()
+    metric.update(pictures, pictures)
+    assert metric.compute() == {"lpips_random": 0.0, "lpips_random/se": 0.0, "gradient_energy": 1.0}
