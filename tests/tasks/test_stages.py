@@ -1,11 +1,16 @@
 """Any stage may be left out: what is left works, or is refused in one line before anything is made."""
 
+import json
+import shlex
 from itertools import combinations
 
 import pytest
 from commands import here
+from conf_nodes import CONF, composed
 
 import ldm.tasks.work.stages as training
+from ldm.config.root import plain
+from ldm.tasks.work.stages import Stages
 
 ASK = ["experiment=quickstart", "debug=fast_dev_run", "logger=none", "name=x", "eval_images=2"]
 STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
@@ -36,3 +41,32 @@ def test_what_is_left_works(tmp_path):
         assert done.returncode == 0, (off, done.stderr)
     (autoencoder,) = (tmp_path / "outputs" / "stages").glob("autoencoder-*")
     assert (autoencoder / "report.html").is_file() and list(autoencoder.glob("evaluation-*/evaluation.json"))
+
+
+def test_the_first_stage_has_terms_and_perturbations_of_its_own():
+    """Named by the stage, they are in its module and in no other; the rest of its module is as ever."""
+    typed = ["+loss@stages.autoencoder.module.losses.perceptual=perceptual_random"]
+    typed += ["+perturbation@stages.autoencoder.module.perturbations.noise=noise"]
+    typed += ["stages.autoencoder.module.perturbations.noise.std=0.5"]
+    plainly, ours = composed("experiment=quickstart"), composed("experiment=quickstart", *typed)
+    module = plain(Stages(ours).configured("autoencoder"))["module"]
+    assert module["losses"].pop("perceptual")["features"] == "random"
+    assert module["perturbations"].pop("noise")["std"] == 0.5
+    assert "perceptual" not in Stages(ours).configured("diffusion").module.losses
+    assert module == plain(Stages(plainly).configured("autoencoder"))["module"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["ae_small", "ae_kl_f8", "ae_vq_f4", "ae_dc_f32"])
+def test_autoencoders_run_tiny_as_their_files_say(experiment, tmp_path):
+    """The run itself, by its name, with both terms; scored and reported."""
+    line = next(t for t in (CONF / f"experiment/{experiment}.yaml").read_text().splitlines() if "Tiny, here" in t)
+    typed = shlex.split(line.split(": ", 1)[1])
+    assert typed[0] == "debug=fast_dev_run"
+    done = here(f"experiment={experiment}", *typed, "logger=none", "name=mine", cwd=tmp_path)
+    run = tmp_path / "outputs/mine"
+    assert done.returncode == 0 and (run / "report.html").is_file(), done.stderr
+    metrics = json.loads((run / "status.json").read_text())["metrics"]
+    assert {"train/perceptual_random", "train/discriminator", "val/psnr"} <= metrics.keys()
+    scores = json.loads(next(run.glob("evaluation*/evaluation.json")).read_text())["metrics"]
+    assert {"reconstruction/psnr", "reconstruction/lpips_random", "reconstruction/gradient_energy"} <= scores.keys()

@@ -160,6 +160,8 @@ class Stages:
                 f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], list(STAGES))} {', '.join(STAGES)}."
             )
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
+        if module_kind(config) == "autoencoder" and "autoencoder" in self.stages:  # type: ignore[arg-type]
+            self.stages = [stage for stage in self.stages if stage != "diffusion"]  # which would train it once more
         if config.checkpoint and {"autoencoder", "diffusion"} <= set(self.stages):
             self.stages.remove("autoencoder")  # another one would not be that which the checkpoint's model knows
         self._check_inputs()
@@ -230,12 +232,15 @@ class Stages:
 
     def configured(self, stage: str) -> DictConfig:
         """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
-        changes = self.config.stages[stage] or {}
+        changes = dict(self.config.stages[stage] or {})
+        # Another module than the run's has keys of its own, which the run's would refuse.
+        apart = stage == "autoencoder" and module_kind(self.config) != "autoencoder"  # type: ignore[arg-type]
+        of_module = changes.pop("module", {}) if apart else {}
         merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
         assert isinstance(merged, DictConfig)
-        if stage == "autoencoder":  # its own module, all of which is trained
-            if module_kind(self.config) != "autoencoder":  # type: ignore[arg-type]
-                merged.module = OmegaConf.merge(option("module", "autoencoder"), changes.get("module", {}))
+        if stage == "autoencoder":  # all of it is trained
+            if apart:
+                merged.module = OmegaConf.merge(option("module", "autoencoder"), of_module)
             merged.frozen_dtype = "float32"
         merged.stages = {}
         drop_leftovers(merged)
