@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 from ldm.autoencoders.kl import Autoencoder
@@ -113,6 +114,8 @@ class AutoencoderTraining(TrainedModule):
         super().on_fit_start()
         for term in self.terms.values():
             term.start()
+        if any(term.adaptive for term in self.terms.values()):
+            functorch.donated_buffer = False  # of compiled networks gradients are asked twice
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = to_unit(batch["image"])
