@@ -27,8 +27,8 @@ VARIANTS = {
     "kl 5e-7": [],
     "kl 1e-5": ["stages.autoencoder.kl_weight=1e-5"],
     "kl 2e-4": ["stages.autoencoder.kl_weight=2e-4"],
-    "2 channels": ["+autoencoder.latent_channels=2"],
-    "12 channels": ["+autoencoder.latent_channels=12"],
+    "2 channels": ["+autoencoder.latent_channels=2", "+model.in_channels=2", "+model.out_channels=2"],
+    "12 channels": ["+autoencoder.latent_channels=12", "+model.in_channels=12", "+model.out_channels=12"],
     "factor 8": [*WIDE],
     "equivariant": ["+perturbation@stages.autoencoder.module.perturbations.equivariance=equivariance"],
     "noise 0.5": [
@@ -52,8 +52,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--denoiser_steps", default="30,300")
     asked = parser.parse_args()
-    root, rows = Path(tempfile.mkdtemp(prefix="diffusability-")), []
+    root, done = Path(tempfile.mkdtemp(prefix="diffusability-")), HERE / "diffusability.csv"
+    rows: list[dict[str, Any]] = pd.read_csv(done).to_dict("records") if done.is_file() else []
     for name, typed in VARIANTS.items():
+        if name in [row["variant"] for row in rows]:  # of a run that was stopped
+            continue
         run = f"v{len(rows)}"
         base = ["experiment=quickstart", "logger=none", f"name={run}", f"max_steps={asked.steps}", *typed]
         seconds = ldm(root, *base, "eval_images=256", "stages.autoencoder.max_steps=300", "stages.report=false")
@@ -72,7 +75,7 @@ def main() -> None:
             row |= {f"{k}@{steps}" if "diffus" in k else k: float(v) for k, v in found.items() if k != "autoencoder"}
         rows.append(row)
         table = pd.DataFrame(rows)
-        table.to_csv(HERE / "diffusability.csv", index=False)
+        table.to_csv(done, index=False)
         print(row, flush=True)
     target = next(c for c in table.columns if c.startswith("score/") and c.endswith("seen/all"))
     numbers = table.select_dtypes("number").drop(columns=["second_stage_steps"])
