@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,18 @@ def ended(started: list[Any], seconds: float = 60) -> list[int | None]:
     return codes
 
 
-def kill_points(root: Path, latents: Path, points: int) -> list[dict[str, Any]]:
+ADVERSARIAL = ["module=autoencoder", "loss=[perceptual_random,adversarial]", "module.losses.adversarial.start=6"]
+ADVERSARIAL += ["module.losses.adversarial.discriminator.width=8", "perturbation=[equivariance,noise]", "ema=decay"]
+
+
+def kill_points(
+    root: Path, shards: Path, points: int, what: str = "", more: Sequence[str] = (), worlds: Sequence[int] = (1, 2)
+) -> list[dict[str, Any]]:
     """A kill -9 at a hook of a step, of one process or of one of two; then the same again to the end."""
     rows = []
-    for world in (1, 2):
-        asked = [f"shards={latents}", *STEPS, f"batch_size={4 // world}", "trainer.strategy=auto"]
-        settings, whole = config(*asked), root / f"whole-{world}"
+    for world in worlds:
+        asked = [f"shards={shards}", *STEPS, f"batch_size={4 // world}", "trainer.strategy=auto", *more]
+        settings, whole = config(*asked), root / f"whole-{world}{what}"
         assert ended(start(settings, whole, world)) == [0] * world
         hooks = [(hook, step) for step in range(1, 13) for hook in ("batch_start", "backward", "batch_end")]
         chosen = random.Random(0).sample(
@@ -110,7 +116,7 @@ def kill_points(root: Path, latents: Path, points: int) -> list[dict[str, Any]]:
         )
         differing = hung = 0
         for i, point in enumerate(chosen):
-            run = root / f"killed-{world}-{i}"
+            run = root / f"killed-{world}{what}-{i}"
             codes = ended(start(settings, run, world, Deadly(point, i % world)))
             hung += None in codes
             assert codes[i % world] == -9, (point, codes)
@@ -120,7 +126,7 @@ def kill_points(root: Path, latents: Path, points: int) -> list[dict[str, Any]]:
             differing += not same
             shutil.rmtree(run, ignore_errors=True)
         rows.append(
-            {"case": f"kill -9 at a point, {world} process(es)", "tried": points, "bad": differing, "hung": hung}
+            {"case": f"kill -9 at a point, {world} process(es){what}", "tried": points, "bad": differing, "hung": hung}
         )
     return rows
 
@@ -319,13 +325,14 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="stopping-"))
-    latents = make_data(root)[2]
+    shards, _, latents = make_data(root)
     cases: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "waits": lambda: waits(root, latents),
         "damages": lambda: damages(root, latents),
         "signals": lambda: signals(root, latents, asked.signals),
         "commands": lambda: signals_to_commands(root, latents, asked.signals),
         "points": lambda: kill_points(root, latents, asked.points),
+        "adversarial": lambda: kill_points(root, shards, 10, ", an adversarial autoencoder", ADVERSARIAL, (1,)),
         "saves": lambda: kills_during_saves(root, latents, asked.kills),
     }
     table = []

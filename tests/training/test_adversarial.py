@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from commands import here, metrics
 from ranks import command, on_ranks
 from tiny_training import TINY, Killed, Spy, config, fingerprint, make_data, train_watched
@@ -43,6 +44,11 @@ def test_what_is_logged_and_saved(whole):
     assert {"vae.ema.safetensors", "loss_adversarial.safetensors"} <= files
     assert "loss_adversarial.ema.safetensors" not in files and "loss_perceptual.safetensors" not in files
     assert not any("discriminator" in key for key in load_any(str(whole)).autoencoder.state_dict())
+    assert functorch.donated_buffer is False, "compiled, its gradients are asked twice"
+    for row in (rows[step] for step in (4, 5, 6)):  # the discriminator's own loss is another's
+        parts = row["train/reconstruction"] + row["train/perceptual_random"] + 1e-6 * row["train/kl"]
+        adversarial = row["train/loss"] - parts
+        assert adversarial == pytest.approx(0.5 * row["train/adversarial"] * row["train/adversarial_weight"], abs=2e-5)
 
 
 def test_a_discriminator_begins_as_it_was_drawn(whole, shards):

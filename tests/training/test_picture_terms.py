@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import here
+from conf_nodes import CONF, composed
+from omegaconf import OmegaConf
 from tiny_training import config
 from torch import nn
-from transformers import Dinov2Config
+from transformers import Dinov2Config, Dinov2Model
 
+from ldm.build import build
+from ldm.config.schema import options
 from ldm.training.losses.adversarial import Adversarial
 from ldm.training.losses.discriminators import PatchDiscriminator, ResidualDiscriminator
 from ldm.training.losses.frequency import FocalFrequency, Wavelet, haar
@@ -138,6 +142,52 @@ def test_each_side_learns_from_its_own_loss_alone(discriminator):
     output.grad = None
     term.own(made(images, output))[0].mean().backward()
     assert output.grad is None and all(p.grad is not None for p in term.parameters())
+
+
+TERMS = [name for name in options("loss") if "of module=autoencoder" in (CONF / f"loss/{name}.yaml").read_text()]
+
+
+def test_every_term_says_of_what_it_is_one():
+    assert {"adversarial", "focal_frequency", "latent_alignment", "perceptual", "wavelet"} <= set(TERMS)
+    assert set(options("loss")) - set(TERMS) == {
+        "representation_alignment",
+        "perceptual_random",
+        "adversarial_residual",
+    }
+
+
+@pytest.mark.parametrize("name", sorted({*TERMS, "perceptual_random", "adversarial_residual"} - {"perceptual"}))
+def test_laws_of_every_term(name, tmp_path):
+    """(B,) numbers, a gradient into what it looks at and nothing else; but for what looks at the batch, each picture's
+    own; and 0 where nothing is wrong, if it is an error of pictures."""
+    node = composed(f"loss=[{name}]", "module=autoencoder").module.losses
+    node = OmegaConf.to_container(next(v for k, v in node.items() if k != "reconstruction"))
+    if name == "latent_alignment":
+        size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 7}
+        Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path)
+        node["encoder"] = str(tmp_path)
+    torch.manual_seed(0)
+    term = build(node, "loss")
+    term.bind(type("A", (), {"latents": type("L", (), {"mean": torch.zeros(4)})}))
+    term.start()
+    images, output = pictures(4)
+    z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    output.requires_grad_()
+
+    def value(rows):
+        return term(Reconstructed(images[rows], output[rows], images[rows], z[rows], 0))
+
+    values = value(slice(None))
+    assert values.shape == (4,) and values.isfinite().all() and term.weight >= 0
+    of_output, of_z = torch.autograd.grad(values.sum(), [output, z], allow_unused=True, retain_graph=True)
+    reached = of_z if term.of_latents else of_output
+    assert reached is not None and reached.isfinite().all() and reached.abs().sum() > 0
+    assert (of_output is None) == term.of_latents
+    if not term.adversary:
+        back = torch.tensor([2, 0, 3, 1])
+        torch.testing.assert_close(value(back), values[back], rtol=1e-4, atol=1e-6)
+    if term.likelihood:
+        assert term(Reconstructed(images, images, images, z, 0)).abs().max() < 1e-6
 
 
 def tiny(*overrides):
