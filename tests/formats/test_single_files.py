@@ -73,7 +73,7 @@ def test_missing_parts_come_from_config_or_are_named(whole, theirs, sd1_folder, 
     save_file(without(dict(zip(whole, changed, strict=True)), *gone), tmp_path / "changed.safetensors")
     found = open_any(tmp_path / "changed.safetensors", config=sd1_folder)
     for prefix, (part, _) in PARTS.items():  # what the file has is the file's
-        name = next(k for k in theirs.states[part] if k.endswith("weight"))
+        name = next(k for k in theirs.states[part] if k.endswith(".weight"))
         same = torch.equal(found.states[part][name], theirs.states[part][name])
         assert same == (prefix in gone), part
 

@@ -178,6 +178,7 @@ def test_latents_have_no_picture(data, encoder):
 def test_the_experiment_runs_whole_and_its_model_is_sampled(encoder, tmp_path):
     """From shards to report; the projector in the checkpoint is nothing to whoever draws with the model."""
     given = ["experiment=quickstart_alignment", f"module.losses.alignment.encoder={encoder}", "debug=fast_dev_run"]
+    given += ["loss=[representation_alignment]"]  # which debug leaves out
     done = here(*given, "name=aligned", "logger=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     drawn = here(
