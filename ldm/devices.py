@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
 def beside(values: Tensor, like: Tensor) -> Tensor:
     """The same on the device, and in the dtype, of another tensor."""
     return on_device(values, like.device).to(like.dtype)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Within the block products are of the dtype that they are asked in, where autocast would lower them."""
+    kind = like.device.type  # the meta device has no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def is_shared(tensor: Tensor) -> bool:

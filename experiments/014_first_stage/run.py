@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.autoencoders import usage
 from ldm.checkpoints.load import load_any
-from ldm.data.samples import sequential
 from ldm.data.shards.splits import open_split
 from ldm.features.vgg import LPIPS
-from ldm.pictures import grid, to_unit
+from ldm.metrics.perceptual import gradient_energy
+from ldm.pictures import grid
+from ldm.tasks.work.evaluate import pictures_of
+from ldm.training.autoencoder import psnr
 
 HERE = Path(__file__).parent
 PLAIN = ["module.losses.perceptual=null", "module.losses.adversarial=null"]
@@ -58,23 +61,17 @@ def trained(name: str, seed: int, steps: int, typed: list[str], root: Path) -> t
 
 def pictures(root: Path, split: str) -> Tensor:  # (N,3,32,32) in [-1, 1]
     shards = open_split(str(next((root / "outputs/stages").glob("shards-*"))), split)
-    batches = sequential(shards, 32, 256, fields=shards.reading.unread())
-    return torch.cat([to_unit(batch["image"]) for batch, _ in batches])
-
-
-def slopes(images: Tensor) -> Tensor:  # (B,3,H,W) -> (B,) mean squared differences of neighbouring pixels
-    return (images.diff(dim=2).square().mean((1, 2, 3)) + images.diff(dim=3).square().mean((1, 2, 3))) / 2
+    return torch.cat(list(pictures_of(shards, 32)))
 
 
 @torch.no_grad()
 def scores(run: Path, images: Tensor) -> tuple[dict[str, float], Tensor]:
     autoencoder = load_any(str(run)).for_sampling().autoencoder
     output = autoencoder.decode(autoencoder.encode(images).mode()).clamp(-1, 1)
-    error = (output - images).square().mean((1, 2, 3))
     found = {
-        "psnr": (10 * torch.log10(4 / error)).mean(),
+        "psnr": psnr(output, images).mean(),
         "lpips_random": LPIPS()(output, images).mean(),
-        "gradient_energy": slopes(output).sum() / slopes(images).sum(),
+        "gradient_energy": gradient_energy(output).sum() / gradient_energy(images).sum(),
     }
     return {k: round(v.item(), 5) for k, v in found.items()}, output
 
@@ -82,12 +79,10 @@ def scores(run: Path, images: Tensor) -> tuple[dict[str, float], Tensor]:
 @torch.no_grad()
 def use(run: Path, images: Tensor) -> dict[str, float]:
     autoencoder = load_any(str(run)).for_sampling().autoencoder
-    indices = torch.cat(
-        [autoencoder.quantize.nearest(autoencoder.encode(b).mode()).flatten() for b in images.split(64)]
-    )
-    counts = torch.bincount(indices, minlength=autoencoder.quantize.size).double()
-    entropy = torch.special.entr(counts / counts.sum()).sum()
-    return {"use": round((counts > 0).double().mean().item(), 4), "perplexity": round(entropy.exp().item(), 1)}
+    indices = torch.cat([autoencoder.quantize.nearest(autoencoder.encode(b).mode()) for b in images.split(64)])
+    frequencies = usage.shares(indices, autoencoder.quantize.size)
+    found = {"use": usage.use(frequencies), "perplexity": usage.perplexity(frequencies)}
+    return {k: round(v.item(), 4) for k, v in found.items()}
 
 
 def main() -> None:

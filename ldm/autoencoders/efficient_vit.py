@@ -6,14 +6,14 @@ Chen et al. 2024 (DC-AE), appendix; Cai et al. 2023 (EfficientViT), section 3.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from ldm.devices import without_autocast
 from ldm.models.block import Block
 from ldm.models.resnet import Conv1x1
 
@@ -79,7 +79,7 @@ class LinearAttention(nn.Module):
         return x + self.norm_out(rearrange(self.to_out(heads), "b h w c -> b c h w"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B,G,D,L) x3 -> (B,G,D,L) of at least float32
-        with _no_autocast(q):
+        with without_autocast(q):
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k, v = q.to(wide).relu(), k.to(wide).relu(), v.to(wide)
             total = einsum(einsum(v, k, "b g d l, b g e l -> b g d e"), q, "b g d e, b g e l -> b g d l")
@@ -155,8 +155,3 @@ class FixedBatchNorm(nn.BatchNorm2d):
     def __init__(self, channels: int):
         super().__init__(channels)
         self.eval()
-
-
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

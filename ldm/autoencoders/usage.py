@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ldm.devices import without_autocast
 from ldm.errors import ConfigError
 
 MOST_CODES = 2**18  # of which frequencies are counted, and one entropy is taken over all of them together
@@ -72,7 +71,7 @@ def entropy_of_nearest(z: Tensor, codes: Tensor, temperature: float) -> tuple[Te
 
 def _nearest(pixels: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(n,C), (K,C) -> (n,) entropies and (K,) the sum of q."""
-    with exact(pixels):
+    with without_autocast(pixels):
         # |z|^2 is the same for all codes, and softmax does not see it.
         logits = (2 * pixels @ codes.mT - codes.square().sum(dim=1)) / temperature
     log_q = F.log_softmax(logits, dim=1)
@@ -99,7 +98,7 @@ def _mean_of_signs(logits: Tensor) -> Tensor:  # (N,n) -> (2^n,), of sum 1
     """The mean over pixels of the product of the channels' laws."""
     half = logits.shape[1] // 2
     first, second = (_product(some) for some in (logits[:, :half], logits[:, half:]))
-    with exact(logits):
+    with without_autocast(logits):
         return (first.mT @ second).flatten() / len(logits)
 
 
@@ -115,14 +114,3 @@ def _product(logits: Tensor) -> Tensor:  # (N,n) -> (N,2^n)
 
 def _entropy(q: Tensor) -> Tensor:  # (K,) -> ()
     return -(q * (q + TINY).log()).sum()
-
-
-@contextmanager
-def exact(like: Tensor) -> Iterator[None]:
-    """Within the block products stay float32, as whoever compares or counts needs them; autocast would lower them."""
-    kind = like.device.type
-    if not torch.amp.is_autocast_available(kind):  # the meta device has none
-        yield
-        return
-    with torch.autocast(kind, enabled=False):
-        yield

@@ -6,14 +6,12 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from ldm.features.vgg import LPIPS, RANDOM
-from ldm.metrics.evaluation import Evaluation
+from ldm.metrics.reconstruction import OfReconstructions
 
 
-class PerceptualReconstruction(Metric):
+class PerceptualReconstruction(OfReconstructions):
     """LPIPS (Zhang et al. 2018), the mean over pictures (B,3,H,W) in [-1, 1], and the energy of their gradients over
     the originals': below 1 where texture is lost, above where it is made up.
 
@@ -21,15 +19,11 @@ class PerceptualReconstruction(Metric):
         published one.
     """
 
-    full_state_update = False
-    values: list[Tensor]
-
     def __init__(self, features: str = RANDOM, heads: str | None = None):
         super().__init__()
         self.distance = LPIPS(features, heads, "metric.perceptual.features")
         self.name = "lpips_random" if self.distance.random else "lpips"
         self.scores = tuple(f"reconstruction/{k}" for k in (self.name, f"{self.name}/se", "gradient_energy"))
-        self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, target: Tensor) -> None:
         """Reconstructions and what they should be."""
@@ -37,19 +31,9 @@ class PerceptualReconstruction(Metric):
             rows = [self.distance(images.float(), target.float()), gradient_energy(images), gradient_energy(target)]
         self.values.append(torch.stack(rows, dim=1))
 
-    def score(self, evaluation: Evaluation) -> dict[str, float]:
-        """Of the validation pictures."""
-        if "val" not in evaluation.splits:
-            return {}
-        self.reset()
-        for batch in evaluation.real("val", None):
-            self.update(evaluation.reconstruct(batch), batch)
-        return {f"reconstruction/{k}": v for k, v in self.compute().items()}
-
     def compute(self) -> dict[str, float]:
-        values = dim_zero_cat(self.values).cpu().double()  # (n, 3)
-        distance, ours, theirs = values.unbind(dim=1)
-        error = float(distance.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        distance, ours, theirs = self.rows().unbind(dim=1)
+        error = float(distance.std() / math.sqrt(len(distance))) if len(distance) > 1 else math.nan
         energy = float(ours.sum() / theirs.sum()) if theirs.sum() > 0 else math.nan
         return {self.name: float(distance.mean()), f"{self.name}/se": error, "gradient_energy": energy}
 

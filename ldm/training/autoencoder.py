@@ -53,10 +53,11 @@ class AutoencoderTraining(TrainedModule):
     ):
         super().__init__(optimizer, lr_scheduler, ema, seed)
         self.autoencoder = autoencoder
-        terms = {name: term for name, term in (losses or {"reconstruction": Reconstruction()}).items() if term}
+        terms = losses or {"reconstruction": Reconstruction()}
         self.check_terms(terms)
         for term in terms.values():
-            term.bind(autoencoder)
+            if term is not None:
+                term.bind(autoencoder)
         self.take_losses(terms)
         self.kl_weight, self.trains_encoder = kl_weight, train_parts == "all"
         self.perturbations = [a for a in (perturbations or {}).values() if a is not None]
@@ -164,7 +165,7 @@ class AutoencoderTraining(TrainedModule):
             return nothing, sum((0.0 * p.sum() for p in term.parameters()), nothing)
         value = term(made)
         values[name + term.note] = value
-        weighed = self.losses[name].weight * value
+        weighed = term.weight * value
         if term.adaptive:
             factor = self._factor(likelihood, value, term.adaptive)
             values[f"{name}_weight"] = factor.expand(len(value))

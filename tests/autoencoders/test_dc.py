@@ -8,14 +8,13 @@ import pytest
 import torch
 from commands import metrics
 from conf_nodes import build
-from tiny_training import Killed, Spy, config, fingerprint, make_data, train_watched
+from tiny_training import Spy, config, make_data, same_when_killed, train_watched
 from torch import Tensor
 
 from ldm.autoencoders.dc import AutoencoderDC, Downsample, Upsample
 from ldm.autoencoders.efficient_vit import FixedBatchNorm, LinearAttention
 from ldm.autoencoders.latents import Point
 from ldm.checkpoints.components import Components, build_components
-from ldm.checkpoints.folder import all_folders
 from ldm.checkpoints.load import load_any
 from ldm.checkpoints.pretrained import load_autoencoder, load_pretrained
 from ldm.checkpoints.save import save_any
@@ -344,13 +343,7 @@ def train(directory, shards, monkeypatch, spy, *overrides):
 @pytest.mark.slow
 def test_a_run_learns_resumes_exactly_and_its_latents_are_diffused(tmp_path, monkeypatch) -> None:
     shards, _, _ = make_data(tmp_path)
-    train(tmp_path / "whole", shards, monkeypatch, Spy(), "max_steps=6")
-    with pytest.raises(Killed):
-        train(tmp_path / "run", shards, monkeypatch, Spy(die_at=("backward", 4)), "max_steps=6")
-    train(tmp_path / "run", shards, monkeypatch, Spy(), "max_steps=6")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    ends = [fingerprint(all_folders(tmp_path / name)[-1]) for name in ("run", "whole")]
-    assert ends[0] == ends[1]
+    same_when_killed(lambda name, spy: train(tmp_path / name, shards, monkeypatch, spy, "max_steps=6"), tmp_path)
 
     sparse = ["callbacks.checkpoints.every_n_steps=1000", "callbacks.validation.every_n_steps=1000"]
     whole = train(tmp_path / "whole", shards, monkeypatch, Spy(), "max_steps=42", *sparse)  # goes on

@@ -11,7 +11,7 @@ from commands import here, metrics
 from conf_nodes import build
 from ranks import command, on_ranks
 from safetensors.torch import load_file
-from tiny_training import TINY, Killed, Spy, config, fingerprint, make_data, train_watched
+from tiny_training import TINY, config, make_data, same_when_killed, train_watched
 from torch import Tensor
 
 from ldm.autoencoders import usage
@@ -369,13 +369,7 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, monkeypatch, shard
             config(*STEPS, "accumulate=2", f"shards={shards}", *WAYS[way]), tmp_path / name, monkeypatch, spy
         )
 
-    train("whole", Spy())
-    with pytest.raises(Killed):
-        train("run", Spy(die_at=("backward", 4)))
-    train("run", Spy())
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    ends = [all_folders(tmp_path / name)[-1] for name in ("run", "whole")]
-    assert fingerprint(ends[0]) == fingerprint(ends[1])
+    ends = same_when_killed(train, tmp_path)
     held = load_file(ends[0] / "vae.safetensors")
     assert held["quantize.unused"].max() <= 1 and ("quantize.cluster_size" in held) == (way == "averages")
     assert load_any(ends[0]).autoencoder.quantize.unused.dtype == torch.int64

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
+from commands import metrics
 from hydra import compose, initialize_config_dir
 
 import ldm.training.run.fit as training_run
+from ldm.checkpoints.folder import all_folders
 from ldm.config.root import plain
 from ldm.config.schema import register
 from ldm.data.shards.writer import write_dataset
@@ -90,6 +93,21 @@ def train_watched(settings: dict[str, Any], directory: Path, monkeypatch, spy: L
 
 class Killed(BaseException):
     """Stands in for kill -9 inside one process: nothing catches it on the way out."""
+
+
+def same_when_killed(train: Callable[[str, Spy], Any], root: Path) -> list[Path]:
+    """Trains `root`/whole, and `root`/run, which is killed in the backward pass of its fifth step and started again.
+
+    The last checkpoints of both, which are equal to the last bit, as is all that was logged.
+    """
+    train("whole", Spy())
+    with pytest.raises(Killed):
+        train("run", Spy(die_at=("backward", 4)))
+    train("run", Spy())
+    assert metrics(root / "run") == metrics(root / "whole")
+    ends = [all_folders(root / name)[-1] for name in ("run", "whole")]
+    assert fingerprint(ends[0]) == fingerprint(ends[1])
+    return ends
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

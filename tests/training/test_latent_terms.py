@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from commands import here, metrics
 from tiny_training import config, make_data
-from transformers import Dinov2Config, Dinov2Model
+from vision import small_dinov2
 
 from ldm.checkpoints.folder import find, load_parts
 from ldm.errors import ConfigError
@@ -28,12 +28,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A small random DINOv2 on disk, as the hub's."""
-    folder = tmp_path_factory.mktemp("encoder") / "dinov2"
-    torch.manual_seed(3)
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    Dinov2Model(Dinov2Config(**size)).save_pretrained(folder)
-    return str(folder)
+    return small_dinov2(tmp_path_factory.mktemp("encoder") / "dinov2")
 
 
 def place(step=0, batch=4, world_size=1, rank=0):

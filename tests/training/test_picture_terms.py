@@ -11,7 +11,7 @@ from conf_nodes import CONF, composed
 from omegaconf import OmegaConf
 from tiny_training import config
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model
+from vision import small_dinov2
 
 from ldm.build import build
 from ldm.config.schema import options
@@ -163,9 +163,7 @@ def test_laws_of_every_term(name, tmp_path):
     node = composed(f"loss=[{name}]", "module=autoencoder").module.losses
     node = OmegaConf.to_container(next(v for k, v in node.items() if k != "reconstruction"))
     if name == "latent_alignment":
-        size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 7}
-        Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path)
-        node["encoder"] = str(tmp_path)
+        node["encoder"] = small_dinov2(tmp_path)
     torch.manual_seed(0)
     term = build(node, "loss")
     term.bind(type("A", (), {"latents": type("L", (), {"mean": torch.zeros(4)})}))
@@ -294,9 +292,6 @@ def test_a_learnt_variance_is_minus_the_log_likelihood():
 def test_what_cannot_be_is_one_line(typed, said, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "representation" in typed[0]:
-        Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=7).save_pretrained(
-            tmp_path / "e"
-        )
-        typed = [*typed, f"module.losses.alignment.encoder={tmp_path / 'e'}"]
+        typed = [*typed, f"module.losses.alignment.encoder={small_dinov2(tmp_path / 'e')}"]
     done = here("module=autoencoder", "autoencoder=kl_tiny", "shards=nowhere", *typed, cwd=tmp_path)
     assert done.returncode == 2 and re.search(said, done.stderr) and done.stderr.count("\n") == 1, done.stderr

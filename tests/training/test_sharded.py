@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_training import TINY, config, make_data
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import Dinov2Config, Dinov2Model
+from vision import small_dinov2
 
 from ldm.checkpoints.folder import all_folders, verify
 from ldm.devices import is_shared, local
@@ -102,9 +102,8 @@ def test_of_all_kinds(data, tmp_path, overrides):
 
 def test_a_loss_term_with_weights_is_cut_too(data, tmp_path):
     """Its input is a hidden state of a block, its weights are trained, saved and averaged."""
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "encoder")
-    typed = ["loss=[representation_alignment]", f"module.losses.alignment.encoder={tmp_path}/encoder", "max_steps=3"]
+    encoder = small_dinov2(tmp_path / "encoder")
+    typed = ["loss=[representation_alignment]", f"module.losses.alignment.encoder={encoder}", "max_steps=3"]
     typed += ["module.losses.alignment.width=64", "module.losses.alignment.projector_width=16", "batch_size=2"]
     images = (data[0], data[0])
     autoencoder = f"checkpoint={data[0].parent}/autoencoder"

@@ -71,7 +71,7 @@ def prepare(values: dict[str, Any], command: Stages) -> Made:
 
 def autoencoder(values: dict[str, Any], command: Stages) -> Made:
     """A first stage, trained once for all runs that agree on what decides it, or with module=autoencoder the run."""
-    if module_kind(command.config) == "autoencoder":  # type: ignore[arg-type]
+    if command.is_autoencoder:
         finished = trained(command.config, values)
     else:
         folder = Path(values["outputs"]) / "stages"
@@ -160,7 +160,8 @@ class Stages:
                 f"stages.{unknown[0]}: there is no such stage.{nearest(unknown[0], list(STAGES))} {', '.join(STAGES)}."
             )
         self.stages = [s for s in STAGES if config.stages.get(s, False) is not False]  # false leaves a stage out
-        if module_kind(config) == "autoencoder" and "autoencoder" in self.stages:  # type: ignore[arg-type]
+        self.is_autoencoder = module_kind(config) == "autoencoder"  # type: ignore[arg-type]  # the run itself is one
+        if self.is_autoencoder and "autoencoder" in self.stages:
             self.stages = [stage for stage in self.stages if stage != "diffusion"]  # which would train it once more
         if config.checkpoint and {"autoencoder", "diffusion"} <= set(self.stages):
             self.stages.remove("autoencoder")  # another one would not be that which the checkpoint's model knows
@@ -234,7 +235,7 @@ class Stages:
         """The configuration of a stage: the whole one, with the stage's changes and what earlier stages made."""
         changes = dict(self.config.stages[stage] or {})
         # Another module than the run's has keys of its own, which the run's would refuse.
-        apart = stage == "autoencoder" and module_kind(self.config) != "autoencoder"  # type: ignore[arg-type]
+        apart = stage == "autoencoder" and not self.is_autoencoder
         of_module = changes.pop("module", {}) if apart else {}
         merged = OmegaConf.merge(self.config, changes, as_literal(self.found))
         assert isinstance(merged, DictConfig)
