@@ -34,6 +34,7 @@ ROOMS = [
     "ldm.metrics",
     "ldm.checkpoints",
     "ldm.pipeline",
+    "ldm.evaluation",
     "ldm.training",
     "ldm.memory",
     "ldm.analysis",

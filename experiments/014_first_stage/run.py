@@ -23,10 +23,10 @@ from torch import Tensor
 from ldm.autoencoders import usage
 from ldm.checkpoints.load import load_any
 from ldm.data.shards.splits import open_split
+from ldm.evaluation.drawing import pictures_of
 from ldm.features.vgg import LPIPS
 from ldm.metrics.perceptual import gradient_energy
 from ldm.pictures import grid
-from ldm.tasks.work.evaluate import pictures_of
 from ldm.training.autoencoder import psnr
 
 HERE = Path(__file__).parent

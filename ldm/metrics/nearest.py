@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -47,17 +48,18 @@ class NearestTraining(Metric):
             self.add_reference(batch)
         scores: dict[str, float] = {}
         for half, drawn in evaluation.drawn.items():
-            scores |= self._of(f"{half}/nearest", [drawn.pictures])
+            scores |= self._of(f"{half}/nearest", drawn.batches())
         for split in ("val", "unseen"):
             if split in evaluation.splits:
-                scores |= self._of(f"held_out_{split}/nearest", evaluation.real(split, evaluation.count))
+                scores |= self._of(f"held_out_{split}/nearest", evaluation.mine(split, evaluation.count))
         return scores
 
     def _of(self, name: str, batches: Iterable[Tensor]) -> dict[str, float]:
         self.reset()
         for batch in batches:
             self.update(batch)
-        return {f"{name}/{k}": v for k, v in self.compute().items()} if self.distances else {}
+        found = self.compute()  # also where this process had none: the others may
+        return {f"{name}/{k}": v for k, v in found.items()} if found["n"] else {}
 
     def add_reference(self, images: Tensor) -> None:
         """Training pictures (N, 3, H, W) in [-1, 1]; kept as uint8 on the CPU."""
@@ -71,6 +73,8 @@ class NearestTraining(Metric):
 
     def compute(self) -> dict[str, float]:
         """{median, q05, q25, q75, q95, min, n} of the distances."""
+        if not len(self.distances):
+            return dict.fromkeys(QUANTILES, math.nan) | {"n": 0.0}
         distances = dim_zero_cat(self.distances).cpu().double()
         quantiles = torch.tensor(list(QUANTILES.values()), dtype=torch.double)
         values = distances.quantile(quantiles).tolist()

@@ -1,14 +1,22 @@
-"""How different an autoencoder's pictures look from those that it was given, and whether they are as sharp."""
+"""How different pictures look: an autoencoder's from those that it was given, and those of one caption."""
 
 from __future__ import annotations
 
 import math
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
+from ldm.errors import ConfigError
+from ldm.features.network import digest_of
 from ldm.features.vgg import LPIPS, RANDOM
+from ldm.metrics.evaluation import Evaluation
 from ldm.metrics.reconstruction import OfReconstructions
+from ldm.pictures import to_unit
 
 
 class PerceptualReconstruction(OfReconstructions):
@@ -42,3 +50,66 @@ def gradient_energy(images: Tensor) -> Tensor:  # (B,3,H,W) -> (B,)
     """The mean squared difference of neighbouring pixels, over both directions."""
     down, right = images.float().diff(dim=2), images.float().diff(dim=3)
     return (down.square().mean(dim=(1, 2, 3)) + right.square().mean(dim=(1, 2, 3))) / 2
+
+
+class PerceptualDiversity(Metric):
+    """The mean LPIPS between pictures that are drawn of one caption, over captions (Zhu et al. 2017): near 0 where the
+    model knows one picture a caption.
+
+    num_captions, num_images: pictures of how many captions, and of each, are drawn for it beside the others.
+    features, heads: as `LPIPS` takes them.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self, features: str = RANDOM, heads: str | None = None, num_captions: int = 16, num_images: int = 4):
+        super().__init__()
+        if num_captions < 2 or num_images < 2:
+            raise ConfigError(
+                f"num_captions={num_captions}, num_images={num_images}: differences need at least 2 pictures of each "
+                "of at least 2 captions."
+            )
+        self.distance = LPIPS(features, heads, "metric.diversity.features")
+        self.num_captions, self.num_images = num_captions, num_images
+        self.name = "lpips_diversity_random" if self.distance.random else "lpips_diversity"
+        self.scores = tuple(
+            f"{half}/{self.name}{end}" for half in ("seen", "unseen", "val") for end in ("", "/low", "/high", "/n")
+        )
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor) -> None:
+        """Pictures of one caption (N,3,H,W) in [-1, 1]."""
+        first, second = zip(*combinations(range(len(images)), 2), strict=True)
+        with torch.no_grad():
+            self.values.append(self.distance(images[list(first)], images[list(second)]).mean().reshape(1))
+
+    def compute(self) -> dict[str, float]:
+        values = dim_zero_cat(self.values).double().cpu()
+        mean, n = float(values.mean()), len(values)
+        reach = 1.959964 * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+        name = self.name
+        return {name: mean, f"{name}/low": mean - reach, f"{name}/high": mean + reach, f"{name}/n": float(n)}
+
+    def score(self, evaluation: Evaluation) -> dict[str, float]:
+        """Of each half of the captions: val/lpips_diversity and so on."""
+        found: dict[str, float] = {}
+        self.distance.to(evaluation.device)
+        for half, drawn in evaluation.drawn.items() if evaluation.draw is not None else ():
+            self.reset()
+            captions = list(dict.fromkeys(drawn.everyone))[: self.num_captions]
+            for i in range(evaluation.rank, len(captions), evaluation.size):
+                seeds = [i * self.num_images + k for k in range(self.num_images)]
+                pictures = evaluation.draw([captions[i]] * self.num_images, seeds)
+                self.update(to_unit(pictures).to(evaluation.device))
+            found |= {f"{half}/{k}": v for k, v in self.compute().items()} if len(captions) > 1 else {}
+        return found
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What a score was measured with, but for how the pictures were drawn."""
+        return {
+            "network": "VGG16, random" if self.distance.random else "VGG16, LPIPS 0.1",
+            "weights": digest_of(self.distance),
+            "pictures of a caption": self.num_images,
+            "interval": "over captions, 95 %",
+        }

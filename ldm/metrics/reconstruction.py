@@ -35,7 +35,7 @@ class OfReconstructions(Metric):
         if "val" not in evaluation.splits:
             return {}
         self.reset()
-        for batch in evaluation.real("val", None):
+        for batch in evaluation.mine("val"):
             self.update(evaluation.reconstruct(batch), batch)
         return {f"reconstruction/{k}": v for k, v in self.compute().items()}
 

@@ -85,7 +85,8 @@ class ShapeScore(Metric):
         scores: dict[str, float] = {}
         for half, drawn in evaluation.drawn.items() if evaluation.facts.get("source") == "shapes" else ():
             self.reset()
-            self.update(drawn.pictures, list(drawn.captions))
+            for pictures, captions in drawn.captioned():
+                self.update(pictures, captions)
             scores |= {f"{half}/{k}": v for k, v in self.compute().items()}
         return scores
 

@@ -18,8 +18,9 @@ from ldm.data.fields import Fields, read_fields
 from ldm.data.shards.reader import IndexedShards
 from ldm.data.shards.splits import open_shards, open_split, split_names
 from ldm.errors import ConfigError
+from ldm.evaluation.drawing import captions_of, image_shards
 from ldm.tasks.work.encode import encode_shards
-from ldm.tasks.work.evaluate import _captions, evaluate_run, image_shards
+from ldm.tasks.work.evaluate import evaluate_run
 from ldm.training.run.fit import train_run
 
 
@@ -241,8 +242,8 @@ def test_without_text_no_captions_are_wanted(stages, tmp_path):
 def test_evaluation_reads_the_captions_chosen(stages):
     fields = read_fields(None, str(stages["top"] / "names"))
     images = image_shards(str(stages["latents-classes"]), fields)
-    assert sorted(set(_captions(images, 12, 0)["val"])) == ["a bird", "a cat", "a dog"]
-    assert _captions(image_shards(str(stages["bare"]), Fields()), 3, 0) == {"val": [""] * 3}
+    assert sorted(set(captions_of(images, 12, 0)["val"])) == ["a bird", "a cat", "a dog"]
+    assert captions_of(image_shards(str(stages["bare"]), Fields()), 3, 0) == {"val": [""] * 3}
 
 
 def test_evaluation_looks_at_what_the_training_held_out(stages, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import torch
 from commands import here
 from few import make_base
 
+import ldm.evaluation.drawing as drawing
+import ldm.evaluation.scoring as scoring
 import ldm.tasks.work.encode as encoding
 import ldm.tasks.work.evaluate as evaluating
 from ldm.checkpoints.load import load_any
@@ -19,8 +21,13 @@ from ldm.metrics.evaluation import Drawn, Evaluation
 from ldm.metrics.nearest import NearestTraining
 from ldm.metrics.reconstruction import Reconstruction
 from ldm.metrics.shapes import ShapeScore
+from ldm.pictures import to_unit
 
-REAL = {"train": torch.linspace(-1, 1, 6 * 3 * 16 * 16).view(6, 3, 16, 16), "val": torch.zeros(3, 3, 16, 16)}
+# Of 8 bits a number, as what is drawn.
+REAL = {
+    "train": to_unit((torch.arange(6 * 3 * 16 * 16) // 19).to(torch.uint8)).view(6, 3, 16, 16),
+    "val": torch.zeros(3, 3, 16, 16),
+}
 
 
 def evaluation(**changes) -> Evaluation:
@@ -52,7 +59,7 @@ def test_the_three_metrics_say_what_their_updates_say():
     near.add_reference(REAL["train"])
     near.update(REAL["train"][:2])
     back.update(REAL["val"] * 0.5, REAL["val"])
-    found = evaluating.scores({"a": ShapeScore(), "b": NearestTraining(), "c": Reconstruction()}, made)
+    found = scoring.scores({"a": ShapeScore(), "b": NearestTraining(), "c": Reconstruction()}, made)
     expected = {f"seen/{k}": v for k, v in shape.compute().items()}
     expected |= {f"seen/nearest/{k}": v for k, v in near.compute().items()}
     expected |= {f"reconstruction/{k}": v for k, v in back.compute().items()}
@@ -61,7 +68,7 @@ def test_the_three_metrics_say_what_their_updates_say():
     expected |= {f"held_out_val/nearest/{k}": v for k, v in near.compute().items()}
     assert found.keys() == expected.keys()
     assert all(found[k] == pytest.approx(v, nan_ok=True) for k, v in expected.items())
-    assert evaluating.scores({"a": ShapeScore(), "b": NearestTraining()}, evaluation(drawn={})) == {}
+    assert scoring.scores({"a": ShapeScore(), "b": NearestTraining()}, evaluation(drawn={})) == {}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_the_three_metrics_say_what_their_updates_say():
     ],
 )
 def test_what_a_metric_gives_is_numbers_or_said_in_a_line(given, left, capsys):
-    found = evaluating.scores({"metric.first": Mine({"taken": 1.0}), "metric.mine": Mine(given)}, evaluation())
+    found = scoring.scores({"metric.first": Mine({"taken": 1.0}), "metric.mine": Mine(given)}, evaluation())
     said = capsys.readouterr().out
     if isinstance(left, dict):
         assert found == {"taken": 1.0, **left} and not said
@@ -92,8 +99,8 @@ def test_a_metric_that_nothing_would_ask_is_refused():
     node = {"_target_": "torchmetrics.MeanMetric"}
     for given in (node, {"mine": node}):
         with pytest.raises(ConfigError, match=r"metric.*MeanMetric has no method score\(evaluation\)"):
-            evaluating.built_metrics(given)
-    assert evaluating.built_metrics({}) == evaluating.built_metrics(None) == {}
+            scoring.built_metrics(given)
+    assert scoring.built_metrics({}) == scoring.built_metrics(None) == {}
 
 
 @pytest.fixture(scope="module")
@@ -165,17 +172,17 @@ def test_evaluating_computes_where_the_model_is(base, elsewhere, monkeypatch, tm
     parts.for_sampling().to("meta")
     assert {p.device.type for m in parts.modules().values() for p in m.parameters()} == {"meta"}
     images = {"train": open_split(base.parent / "shards", "train"), "val": open_split(base.parent / "shards", "val")}
-    made = evaluating._evaluation(None, parts.autoencoder, images, 32, {"eval_images": 2, "seed": 0}, tmp_path)
+    made = drawing.evaluation_of(parts.autoencoder, None, images, 32, {"eval_images": 2, "seed": 0}, None)
     pictures = next(made.real("val", 2))
     assert made.reconstruct(pictures).device == pictures.device == torch.device("cpu") and elsewhere.back == 1
     monkeypatch.setattr(evaluating, "task_device", lambda: "meta")
     seen = {}
 
-    def instead(pipe, captions, asked, size):  # drawing itself is sampling's: tests of task=sample
-        seen["device"] = pipe.sampler.device.type
-        return torch.zeros(len(captions), 3, size, size)
+    def instead(self, captions, seeds):  # drawing itself is sampling's: tests of task=sample
+        seen["device"] = self.pipe.sampler.device.type
+        return torch.zeros(len(captions), 3, self.size, self.size, dtype=torch.uint8)
 
-    monkeypatch.setattr(evaluating, "_draw", instead)
+    monkeypatch.setattr(drawing._Draw, "from_noise", instead)
     done = here("task=evaluate", f"checkpoint={base}", "eval_images=2", f"output={tmp_path / 'e'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert seen == {"device": "meta"} and elsewhere.back > 1

@@ -17,8 +17,8 @@ from ldm.checkpoints.load import load_any
 from ldm.checkpoints.save import save_any
 from ldm.data.shards.splits import open_split
 from ldm.errors import ConfigError
+from ldm.evaluation.drawing import pictures_of
 from ldm.pictures import MARGIN, reconstruction_rows, reconstruction_sheet
-from ldm.tasks.work.evaluate import pictures_of
 from ldm.tasks.work.latents import labels, listed
 from ldm.training.run.fit import train_run
 

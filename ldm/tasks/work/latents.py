@@ -30,10 +30,10 @@ from ldm.data.shards.splits import Shards, file_name
 from ldm.devices import on_device
 from ldm.diffusion.exact import Gaussian
 from ldm.errors import ConfigError
+from ldm.evaluation.drawing import image_shards, pictures_of
 from ldm.metrics.latent_space import snr_db, spectrum, statistics
 from ldm.metrics.reconstruction import Reconstruction
 from ldm.pictures import curves, reconstruction_rows, reconstruction_sheet
-from ldm.tasks.work.evaluate import image_shards, pictures_of
 from ldm.training.probe import Latents, decoded_jumps, gaussian_of, held_out_errors, scores, train_denoiser
 from ldm.training.randomness import generator
 from ldm.training.run.directory import write_json

@@ -20,11 +20,12 @@ from ldm.data.fields import fields_of
 from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
+from ldm.evaluation.scoring import built_metrics
 from ldm.launch import is_first
 from ldm.report import write_report
 from ldm.sweep.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.work.encode import encode_shards
-from ldm.tasks.work.evaluate import built_metrics, evaluate_run
+from ldm.tasks.work.evaluate import evaluate_run
 from ldm.tasks.work.prepare import prepare_shards
 from ldm.tasks.work.prior import class_latents
 from ldm.tasks.work.runs import say, trained

@@ -49,6 +49,19 @@ def joined(values: Tensor, first: int, count: int) -> Tensor:
     return whole
 
 
+def every(values: Tensor) -> list[Tensor]:
+    """A tensor of each process in all of them, on the host; their first dimensions may differ, or be empty."""
+    if size() == 1:
+        return [values]
+    held = values.detach().cpu().reshape(len(values) if values.ndim else 1, -1)
+    lengths = joined(torch.tensor([len(held)]), rank(), size()).tolist()
+    width = highest(held.shape[1] if len(held) else 0)
+    own = held if len(held) else held.new_zeros(0, width)
+    whole = joined(own, sum(lengths[: rank()]), sum(lengths))
+    shape = values.shape[1:] if len(held) else (width,)
+    return [part.reshape(-1, *shape) if values.ndim else part.reshape(()) for part in whole.split(lengths)]
+
+
 def size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,77 @@
+"""What a network that pictures are measured by says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Captioned = Callable[
+    [int], Iterable[tuple[Tensor, list[str]]]
+]  # at most so many training pictures, with their captions
+
+
+class PictureFeatures(nn.Module):
+    """Pictures (B,3,H,W) in [-1, 1] as vectors (B, width) float32; made without weights, which `start` opens.
+
+    name: how numbers that are made with it are called; "" for Inception's, whose distances are FID and KID.
+    resize: the size that it looks at and how pictures get there, in words: half of what makes scores differ.
+    """
+
+    name: str
+    width: int
+    resize: str
+
+    def start(self, captioned: Captioned) -> None:
+        """Opens the weights, or learns them from the training pictures. ConfigError where that cannot be."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights to open.")
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """(B, width) -> (B, classes) for a classifier, else None."""
+        return None
+
+    def card(self) -> dict[str, Any]:
+        """What another's number must have in common with ours to be compared; after `start`."""
+        return {
+            "network": f"{type(self).__name__} {self.name}".strip(),
+            "weights": digest_of(self),
+            "resize": self.resize,
+        }
+
+
+def digest_of(network: nn.Module) -> str:
+    """A fingerprint of all weights and buffers, whatever file they came from."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def bytes_of(images: Tensor) -> Tensor:  # (B,3,H,W) in [-1, 1] -> the numbers 0 to 255 that a file would hold, float32
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255)
+
+
+def scaled_as_pillow(images: Tensor, size: int) -> Tensor:  # (B,3,H,W) in [0, 255] -> (B,3,size,size) in [0, 255]
+    """Antialiased bicubic scaling without rounding: PIL's on floats, clean-fid's (Parmar et al. 2022)."""
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+def scaled_as_tensorflow(images: Tensor, size: int) -> Tensor:  # (B,3,H,W) -> (B,3,size,size)
+    """TensorFlow 1's bilinear scaling: corners at whole pixels, nothing antialiased; inside the Inception of 2015."""
+    down, across = (_bilinear(n, size).to(images) for n in images.shape[-2:])
+    return torch.einsum("oh,bchw,pw->bcop", down, images, across)
+
+
+def _bilinear(n: int, size: int) -> Tensor:  # -> (size,n)
+    place = torch.arange(size) * torch.tensor(n / size)
+    low = place.long().clamp(max=n - 1)
+    share = place - low
+    weights = torch.zeros(size, n)
+    weights[torch.arange(size), low] += 1 - share
+    weights[torch.arange(size), (low + 1).clamp(max=n - 1)] += share
+    return weights

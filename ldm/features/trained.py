@@ -1,0 +1,97 @@
+"""A small network that learns its features from the data at hand: scores of pictures without any download."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import ConfigError
+from ldm.features.network import Captioned, PictureFeatures, bytes_of, scaled_as_pillow
+
+LARGEST = 64  # pixels a side that it looks at
+WORDS = 256  # that it learns to see, at most: the most frequent
+RAREST = 5  # pictures that a word must stand beside
+BATCH = 64
+
+
+class TrainedFeatures(PictureFeatures):
+    """Convolutions that were trained to name the words of the training captions; the features are what the words are
+    read from.
+
+    Its numbers compare models on the same data, and with nobody else's. The same data and the same settings give the
+    same network (on one kind of device).
+
+    width: of the features; steps: of training, batches of 64; images: of the training pictures, at most.
+    """
+
+    name = "trained"
+
+    def __init__(self, width: int = 64, steps: int = 400, images: int = 8192):
+        super().__init__()
+        self.width, self.steps, self.images = width, steps, images
+        self.resize = f"{LARGEST} pixels at most, antialiased bicubic"
+        layers: list[nn.Module] = []
+        channels = 3
+        with torch.random.fork_rng(devices=[]):  # nobody's other weights depend on it
+            torch.manual_seed(0)
+            for out in (32, 64, 128, width):
+                layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+                channels = out
+            self.network = nn.Sequential(*layers)
+        self.words: list[str] = []
+
+    def start(self, captioned: Captioned) -> None:
+        if self.words:
+            return
+        pictures, told = [], []
+        for images, captions in captioned(self.images):
+            pictures.append(self._seen(images))
+            told += [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+        counts = Counter(word for words in told for word in words)
+        varied = {w: n for w, n in counts.items() if RAREST <= n < len(told)}
+        if len(varied) < 2:
+            raise ConfigError(
+                f"metric.trained learns to see words, and of {len(told)} training captions no two words stand in at "
+                f"least {RAREST} and not in all: measure with features of a published network (metric=fd_dinov2), or "
+                "with metric=nearest."
+            )
+        self.words = sorted(sorted(varied, key=lambda w: (-varied[w], w))[:WORDS])
+        answers = torch.tensor([[word in words for word in self.words] for words in told])
+        self._learn(torch.cat(pictures), answers)
+        self.eval().requires_grad_(False)
+
+    def _learn(self, pictures: Tensor, answers: Tensor) -> None:
+        """The usual cross-entropy of every word, AdamW with a cosine; the order is drawn from a seed."""
+        device = next(self.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            head = nn.Linear(self.width, len(self.words)).to(device)
+        learnt = [*self.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(learnt, lr=2e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        with torch.enable_grad(), torch.inference_mode(False):
+            for _ in range(self.steps):
+                rows = torch.randint(len(pictures), (BATCH,), generator=generator)
+                batch = pictures[rows].to(device).float() / 127.5 - 1
+                loss = F.binary_cross_entropy_with_logits(head(self._pooled(batch)), answers[rows].to(device).float())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self._pooled(self._seen(images).float() / 127.5 - 1)
+
+    def _pooled(self, x: Tensor) -> Tensor:  # (B,3,h,w) -> (B,width), of about unit size
+        return self.network(x).mean(dim=(2, 3))
+
+    @staticmethod
+    def _seen(images: Tensor) -> Tensor:  # (B,3,H,W) in [-1, 1] -> uint8, no side above LARGEST
+        pixels, side = bytes_of(images), max(images.shape[-2:])
+        return (scaled_as_pillow(pixels, LARGEST).round() if side > LARGEST else pixels).to(torch.uint8)
