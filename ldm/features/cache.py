@@ -18,7 +18,8 @@ def fingerprint(batches: Iterable[Tensor]) -> tuple[str, int]:
     """Of pictures (B,3,H,W) in [-1, 1] as 8-bit files would hold them, in their order; and how many they are."""
     found, n = hashlib.sha256(), 0
     for batch in batches:
-        found.update(f"{tuple(batch.shape[1:])}".encode())
+        if n == 0:
+            found.update(f"{tuple(batch.shape[1:])}".encode())
         found.update(bytes_of(batch).to(torch.uint8).cpu().numpy().tobytes())
         n += len(batch)
     return found.hexdigest()[:16], n

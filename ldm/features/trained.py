@@ -38,10 +38,11 @@ class TrainedFeatures(PictureFeatures):
         channels = 3
         with torch.random.fork_rng(devices=[]):  # nobody's other weights depend on it
             torch.manual_seed(0)
-            for out in (32, 64, 128, width):
+            for out in (32, 64, 128):
                 layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
                 channels = out
-            self.network = nn.Sequential(*layers)
+            # A normalisation here would take away what the mean over places is to say.
+            self.network = nn.Sequential(*layers, nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.SiLU())
         self.words: list[str] = []
 
     def start(self, captioned: Captioned) -> None:

@@ -74,25 +74,27 @@ class Distribution(Metric):
 
     def compute(self, real: Tensor | Moments | None = None) -> dict[str, float]:
         """{name: number, name/low, name/high, ...}; real: (M, width) features, or moments."""
-        ours = dim_zero_cat(self.ours) if self.ours else torch.zeros(0, self.features.width)
+        ours = dim_zero_cat(self.ours) if len(self.ours) else torch.zeros(0, self.features.width)
         return self.measured(ours, real)
 
     def measured(self, ours: Tensor, real: Tensor | Moments | None) -> dict[str, float]:
         """Of features (N, width) and (M, width)."""
         found: dict[str, float] = {}
         for measure in self.measures:
-            found |= self._measure(measure, ours, real)
+            least = 0 if measure == "inception_score" else self.least(measure)
+            if isinstance(real, Tensor) and len(real) < least:
+                print(f"{measure} is left out: it needs at least {least} real pictures, there are {len(real)}.")
+            else:
+                found |= self._measure(measure, ours, real)
         return found
 
     def _measure(self, measure: str, ours: Tensor, real: Any) -> dict[str, float]:
-        self._check(measure, len(ours), "drawn")
+        self._check(measure, len(ours))
         if measure == "inception_score":
             logits = self.features.logits(ours)
             if logits is None:
                 raise ConfigError(f"measures=inception_score needs a classifier, which {self.features.name} is not.")
             return inception_score(logits).named(self._named("inception_score"), 1.0)
-        if isinstance(real, Tensor):
-            self._check(measure, len(real), "real")
         if measure == "frechet":
             name = self._called("fid", "fd")
             estimate = frechet(ours, real)
@@ -121,13 +123,11 @@ class Distribution(Metric):
             return 2 * SPLITS
         return 2 * GROUPS if measure in ("precision_recall", "density_coverage") else 4
 
-    def _check(self, measure: str, n: int, which: str) -> None:
-        if n < self.least(measure):
+    def _check(self, measure: str, n: int) -> None:
+        if n < (least := self.least(measure)):
             raise ConfigError(
-                f"{measure} on {self.features.width} features needs at least {self.least(measure)} pictures on either "
-                f"side, and {n} are {which}: "
-                + (f"eval_images={self.least(measure)}" if which == "drawn" else "give it more data")
-                + f", or leave it out: measures= of the others ({', '.join(m for m in MEASURES if m != measure)})."
+                f"{measure} on {self.features.width} features needs at least {least} pictures, and {n} are drawn: give "
+                f"eval_images={least} or more, or leave it out of measures=."
             )
 
     def _called(self, of_inception: str, other: str) -> str:
@@ -153,7 +153,7 @@ class Distribution(Metric):
     def wants(self, count: int) -> None:
         """ConfigError where so many drawn pictures are too few for one of the measures: asked before any is drawn."""
         for measure in self.measures:
-            self._check(measure, count, "drawn")
+            self._check(measure, count)
 
     def score(self, evaluation: Evaluation) -> dict[str, float]:
         """Of each half of what was drawn: val/fid and so on; of an autoencoder alone reconstruction/fid (rFID)."""

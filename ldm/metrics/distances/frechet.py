@@ -39,9 +39,9 @@ def frechet(ours: Tensor, theirs: Tensor | Moments) -> Estimate:
     of_second, of_first = _root(second.covariance), _root(first.covariance)
     value = _distance(first, second, of_second)
     # Each group is left out beside the other side's root, which stays: one eigenvalue problem a group.
-    without = [torch.tensor([_distance(m, second, of_second) for m in x.without()])]
+    without = [_double([_distance(m, second, of_second) for m in x.without()])]
     if not isinstance(y, Moments):
-        without.append(torch.tensor([_distance(m, first, of_first) for m in y.without()]))
+        without.append(_double([_distance(m, first, of_first) for m in y.without()]))
     return left_out(value, *without)
 
 
@@ -50,6 +50,10 @@ def _distance(first: Moments, second: Moments, root: Tensor) -> float:
     crossed = torch.linalg.eigvalsh(root @ first.covariance @ root).clamp_min(0).sqrt().sum()
     apart = (first.mean - second.mean).square().sum()
     return float(apart + first.covariance.trace() + second.covariance.trace() - 2 * crossed)
+
+
+def _double(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _root(covariance: Tensor) -> Tensor:

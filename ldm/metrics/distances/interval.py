@@ -60,6 +60,7 @@ def left_out(value: float, *without: Tensor) -> Estimate:
 
     value: of all; without: for each sample (G,) values, each without one group of it.
     """
+    without = tuple(w.double() for w in without)
     variance = sum(((len(w) - 1) / len(w)) * (w - w.mean()).square().sum() for w in without)
     bias = sum((len(w) - 1) * (w.mean() - value) for w in without)
     freedom = sum(len(w) - 1 for w in without)

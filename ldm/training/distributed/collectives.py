@@ -7,6 +7,7 @@ does `total_on_device`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,13 +54,15 @@ def every(values: Tensor) -> list[Tensor]:
     """A tensor of each process in all of them, on the host; their first dimensions may differ, or be empty."""
     if size() == 1:
         return [values]
-    held = values.detach().cpu().reshape(len(values) if values.ndim else 1, -1)
-    lengths = joined(torch.tensor([len(held)]), rank(), size()).tolist()
-    width = highest(held.shape[1] if len(held) else 0)
-    own = held if len(held) else held.new_zeros(0, width)
-    whole = joined(own, sum(lengths[: rank()]), sum(lengths))
-    shape = values.shape[1:] if len(held) else (width,)
-    return [part.reshape(-1, *shape) if values.ndim else part.reshape(()) for part in whole.split(lengths)]
+    held = values.detach().cpu()
+    shape = held.shape[1:]  # of a row; a process without any is told by the others
+    rows = held.reshape(1, 1) if held.ndim == 0 else held.reshape(len(held), math.prod(shape))
+    lengths = joined(torch.tensor([len(rows)]), rank(), size()).tolist()
+    width = highest(rows.shape[1] if len(rows) else 0)
+    if not len(rows):
+        rows, shape = rows.new_zeros(0, width), torch.Size([width] if width > 1 else [])
+    parts = joined(rows, sum(lengths[: rank()]), sum(lengths)).split(lengths)
+    return [part.reshape(()) if held.ndim == 0 else part.reshape(len(part), *shape) for part in parts]
 
 
 def size() -> int:
