@@ -44,8 +44,10 @@ WATCHED = (
     "reconstructions",
     "jump_to_x0",
     "samples",
+    "scores",
 )
 WATCHING = [f"callbacks.{k}.[!_]*" for k in WATCHED]  # their classes decide: one of your own may do anything
+WATCHING += ["callbacks.scores.metrics*"]  # which train nothing
 ADAPTER = ["adapter.*.format"]
 EVER = [*NOT_DECIDING, *SAMPLING, *OTHER_TASKS, *BY_CONTENT, *MACHINE, *WATCHING, *ADAPTER]
 DIFFUSION = ["model", "text_encoder", "scheduler", "parameterization", "weighting", "times", "caption_dropout"]
