@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class FeatureCache:
         if file is not None and file.is_file():
             try:
                 kept = load_file(file).get("features")
-            except Exception:  # a file of ours that was damaged: made again
+            except (OSError, SafetensorError):  # damaged: made again
                 kept = None
             if kept is not None and kept.shape == (n, network.width) and kept.dtype == torch.float32:
                 return kept, content

@@ -43,7 +43,7 @@ class Inception(PictureFeatures):
         self.resize = f"{SIZE} pixels, {resize}'s {'bilinear' if resize == 'tensorflow' else 'antialiased bicubic'}"
         self.network: _Network | None = None
 
-    def start(self, captioned: Captioned) -> None:
+    def start(self, captioned: Captioned, kept: Path | None = None) -> None:
         if self.network is None:
             self.network = _Network()
             self.network.load_state_dict(_checked(self.weights, self.network))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ class PictureFeatures(nn.Module):
     width: int
     resize: str
 
-    def start(self, captioned: Captioned) -> None:
-        """Opens the weights, or learns them from the training pictures. ConfigError where that cannot be."""
+    def start(self, captioned: Captioned, kept: Path | None = None) -> None:
+        """Opens the weights, or learns them from the training pictures, unless they were and are in the folder `kept`.
+
+        ConfigError where that cannot be.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no weights to open.")
 
     def logits(self, features: Tensor) -> Tensor | None:

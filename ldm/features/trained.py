@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
 from ldm.features.network import Captioned, PictureFeatures, bytes_of, scaled_as_pillow
 
@@ -45,7 +50,7 @@ class TrainedFeatures(PictureFeatures):
             self.network = nn.Sequential(*layers, nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.SiLU())
         self.words: list[str] = []
 
-    def start(self, captioned: Captioned) -> None:
+    def start(self, captioned: Captioned, kept: Path | None = None) -> None:
         if self.words:
             return
         pictures, told = [], []
@@ -62,8 +67,32 @@ class TrainedFeatures(PictureFeatures):
             )
         self.words = sorted(sorted(varied, key=lambda w: (-varied[w], w))[:WORDS])
         answers = torch.tensor([[word in words for word in self.words] for words in told])
-        self._learn(torch.cat(pictures), answers)
+        seen = torch.cat(pictures)
+        file = None if kept is None else kept / f"trained-{self._of(seen, answers)}.safetensors"
+        if file is None or not self._read(file):
+            self._learn(seen, answers)
+            if file is not None:
+                with atomic_write(file) as part:
+                    save_file({k: v.cpu().contiguous() for k, v in self.state_dict().items()}, part)
         self.eval().requires_grad_(False)
+
+    def _of(self, pictures: Tensor, answers: Tensor) -> str:
+        """A fingerprint of all that decides the weights."""
+        found = hashlib.sha256(f"1 {self.width} {self.steps} {tuple(pictures.shape)} {self.words}".encode())
+        found.update(pictures.numpy().tobytes())
+        found.update(answers.numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    def _read(self, file: Path) -> bool:
+        """Whether the weights were there; a damaged file is made again."""
+        try:
+            tensors, own = load_file(file), self.state_dict()
+        except (OSError, SafetensorError):
+            return False
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
+            return False
+        self.load_state_dict(tensors)
+        return True
 
     def _learn(self, pictures: Tensor, answers: Tensor) -> None:
         """The usual cross-entropy of every word, AdamW with a cosine; the order is drawn from a seed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class DINOv2(PictureFeatures):
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
-    def start(self, captioned: Captioned) -> None:
+    def start(self, captioned: Captioned, kept: Path | None = None) -> None:
         if self.network.network is None:
             self.network.hold(AutoModel.from_pretrained(self.encoder, use_safetensors=True))
 
@@ -71,7 +72,7 @@ class CLIP(PictureFeatures):
         self.register_buffer("mean", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
 
-    def start(self, captioned: Captioned) -> None:
+    def start(self, captioned: Captioned, kept: Path | None = None) -> None:
         if self.network.network is None:
             self.network.hold(CLIPModel.from_pretrained(self.encoder, use_safetensors=True))
             self._tokenizer = AutoTokenizer.from_pretrained(self.encoder)

@@ -157,7 +157,7 @@ class Distribution(Metric):
 
     def score(self, evaluation: Evaluation) -> dict[str, float]:
         """Of each half of what was drawn: val/fid and so on; of an autoencoder alone reconstruction/fid (rFID)."""
-        self.features.start(lambda most: evaluation.captioned("train", most))
+        self.features.start(lambda most: evaluation.captioned("train", most), evaluation.cache.folder)
         self.features.to(evaluation.device)
         self._card = self.features.card()
         halves: Mapping[str, Callable[[], Iterable[Tensor]]] = {

@@ -76,7 +76,7 @@ class TextAgreement(Metric):
         """Of each half of what was drawn: val/clip_score and so on."""
         found: dict[str, float] = {}
         if evaluation.drawn:
-            self.features.start(lambda most: evaluation.captioned("train", most))
+            self.features.start(lambda most: evaluation.captioned("train", most), evaluation.cache.folder)
             self.features.to(evaluation.device)
         for half, drawn in evaluation.drawn.items():
             self.reset()

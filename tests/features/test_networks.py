@@ -83,7 +83,7 @@ def test_the_class_token_and_clips_embeddings(tmp_path):
     assert clip.card()["weights"] == digest_of(CLIPModel.from_pretrained(str(tmp_path / "clip")))
 
 
-def test_trained_features_see_what_captions_say_and_are_the_same_each_time():
+def test_trained_features_see_what_captions_say_and_are_the_same_each_time(tmp_path):
     networks = [TrainedFeatures(width=8, steps=30) for _ in range(2)]
     for network in networks:
         network.start(captioned)
@@ -93,6 +93,16 @@ def test_trained_features_see_what_captions_say_and_are_the_same_each_time():
     between = (bright.mean(0) - dark.mean(0)).norm()
     assert between > 4 * torch.cat([bright - bright.mean(0), dark - dark.mean(0)]).std()
     assert networks[0](torch.zeros(2, 3, 100, 80)).shape == (2, 8)
+    for damaged in (False, True):  # kept, read again, and made again where the file is none any more
+        again = TrainedFeatures(width=8, steps=30)
+        again.start(captioned, tmp_path)
+        (file,) = tmp_path.iterdir()
+        assert digest_of(again) == digest_of(networks[0])
+        if damaged:
+            file.write_bytes(b"")
+            other = TrainedFeatures(width=8, steps=30)
+            other.start(captioned, tmp_path)
+            assert digest_of(other) == digest_of(again) and file.stat().st_size
     with pytest.raises(ConfigError, match="learns to see words, and of 24 training captions no two words"):
         TrainedFeatures().start(lambda most: iter([(PICTURES, [""] * 24)]))
 

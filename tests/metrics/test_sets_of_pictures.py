@@ -29,7 +29,7 @@ class Means(PictureFeatures):
 
     name, width, resize = "means", 6, "none"
 
-    def start(self, captioned):
+    def start(self, captioned, kept=None):
         pass
 
     def forward(self, images):
