@@ -34,6 +34,7 @@ class TrainedFeatures(PictureFeatures):
     """
 
     name = "trained"
+    scale: Tensor
 
     def __init__(self, width: int = 64, steps: int = 400, images: int = 8192):
         super().__init__()
@@ -48,6 +49,7 @@ class TrainedFeatures(PictureFeatures):
                 channels = out
             # A normalisation here would take away what the mean over places is to say.
             self.network = nn.Sequential(*layers, nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.SiLU())
+        self.register_buffer("scale", torch.ones(()))
         self.words: list[str] = []
 
     def start(self, captioned: Captioned, kept: Path | None = None) -> None:
@@ -78,7 +80,7 @@ class TrainedFeatures(PictureFeatures):
 
     def _of(self, pictures: Tensor, answers: Tensor) -> str:
         """A fingerprint of all that decides the weights."""
-        found = hashlib.sha256(f"1 {self.width} {self.steps} {tuple(pictures.shape)} {self.words}".encode())
+        found = hashlib.sha256(f"2 {self.width} {self.steps} {tuple(pictures.shape)} {self.words}".encode())
         found.update(pictures.numpy().tobytes())
         found.update(answers.numpy().tobytes())
         return found.hexdigest()[:16]
@@ -113,12 +115,15 @@ class TrainedFeatures(PictureFeatures):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+        with torch.no_grad():  # of mean square 1 over training pictures, so that kernels see neither noise nor outliers
+            found = [self._pooled(part.to(device).float() / 127.5 - 1) for part in pictures.split(256)]
+            self.scale.copy_(1 / torch.cat(found).square().mean().sqrt().clamp_min(1e-6))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self._pooled(self._seen(images).float() / 127.5 - 1)
+        return self.scale * self._pooled(self._seen(images).float() / 127.5 - 1)
 
-    def _pooled(self, x: Tensor) -> Tensor:  # (B,3,h,w) -> (B,width), of about unit size
+    def _pooled(self, x: Tensor) -> Tensor:  # (B,3,h,w) -> (B,width)
         return self.network(x).mean(dim=(2, 3))
 
     @staticmethod
