@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.config.check import module_kind
+from ldm.config.check import locate, module_kind
 from ldm.config.root import option
 from ldm.memory.plan import Plan, gpus_of, plan
 from ldm.training.distributed.strategy import check_strategy
@@ -103,8 +104,11 @@ def savings(config: Mapping[str, Any]) -> list[Change]:
         found.append(("frozen_dtype=bfloat16", lambda c: c.update(frozen_dtype="bfloat16")))
     if diffusion and gpus_of(config) > 1 and not sharded and adamw and not config.get("adapter"):
         found.append(("trainer=fsdp", _share))
-    if diffusion and config["model"].get("checkpoint", "blocks") != "blocks":
-        found.append(("model.checkpoint=blocks", lambda c: c["model"].update(checkpoint="blocks")))
+    network = config["model"]
+    can_recompute = "checkpoint" in inspect.signature(locate(network["_target_"], "model")).parameters
+    if diffusion and can_recompute and network.get("checkpoint") != "blocks":
+        typed = f"{'' if 'checkpoint' in network else '+'}model.checkpoint=blocks"
+        found.append((typed, lambda c: c["model"].update(checkpoint="blocks")))
     if adamw and not sharded and not any(typed == "trainer=fsdp" for typed, _ in found):
         state = dict(option("optimizer", "adamw8bit"))
         found.append(("optimizer=adamw8bit", lambda c: c.update(optimizer=state)))
