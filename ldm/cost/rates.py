@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.cost.cards import GIGA, Card
-from ldm.cost.work import Call, Shape, Work
+from ldm.cost.work import Call, Shape, Size, Work
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class ByTiming:
 
     def __init__(self, work: Work, device: str, limit: float = 20.0):
         self.device, self.taken = device, dict[Call, float]()
-        self._sizes, end = work.sizes, time.monotonic() + limit
-        for call in sorted(work.times, key=lambda c: -work.times[c] * _amount(work, c)):
+        end = time.monotonic() + limit
+        for call in sorted(work.times, key=lambda c: -work.times[c] * _amount(work.sizes[c])):
             if time.monotonic() > end:
                 break
             taken = self._time(call)
             if taken is not None:
                 self.taken[call] = taken
-        self._rate = self._rates()
+        self._rate = self._rates(work)
         x, y = torch.ones(2, 2**24, device=device)
         self._move = self._seconds(lambda: x.add_(y)) / (3 * x.nbytes)
 
@@ -57,18 +56,17 @@ class ByTiming:
         return size * self._move
 
     def _of(self, work: Work, call: Call) -> float:
-        if call in self.taken:
-            return self.taken[call]
-        return _amount(work, call) * self._rate[bool(work.sizes[call].flops)]
+        size = work.sizes[call]
+        return self.taken[call] if call in self.taken else _amount(size) * self._rate[bool(size.flops)]
 
-    def _rates(self) -> dict[bool, float]:
+    def _rates(self, work: Work) -> dict[bool, float]:
         """Seconds for an amount, of calls with FLOPs and of others."""
-        amounts, seconds = defaultdict[bool, float](float), defaultdict[bool, float](float)
-        work = Work(sizes=self._sizes)
+        amounts, seconds = dict.fromkeys((True, False), 0.0), dict.fromkeys((True, False), 0.0)
         for call, taken in self.taken.items():
-            seconds[bool(self._sizes[call].flops)] += taken
-            amounts[bool(self._sizes[call].flops)] += _amount(work, call)
-        return defaultdict(float, {kind: seconds[kind] / amounts[kind] for kind in seconds if amounts[kind]})
+            kind = bool(work.sizes[call].flops)
+            seconds[kind] += taken
+            amounts[kind] += _amount(work.sizes[call])
+        return {kind: seconds[kind] / (amounts[kind] or 1.0) for kind in seconds}
 
     def _time(self, call: Call) -> float | None:
         """None for a call that cannot be made with arbitrary numbers."""
@@ -101,9 +99,8 @@ def clock(device: str) -> float:
     return time.perf_counter() if device == "cuda" else time.process_time() / torch.get_num_threads()
 
 
-def _amount(work: Work, call: Call) -> float:
+def _amount(size: Size) -> float:
     """What calls are compared by: a byte moved counts as ten FLOPs."""
-    size = work.sizes[call]
     return max(size.flops, 10 * size.bytes)
 
 

@@ -127,7 +127,7 @@ def step_of(
         behind,
         products + rates.to_move(optimizer_traffic(memory)),
         communication,
-        read / (config.get("storage", 1.0) * GIGA),
+        read / (config["storage"] * GIGA),
     )
 
 

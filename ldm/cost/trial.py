@@ -62,8 +62,7 @@ def _fit(config: Mapping[str, Any], steps: int) -> Watch:
     config = copy.deepcopy(dict(config))
     node = {**config["trainer"], "max_steps": steps, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     module, watch = fresh_module(config, "cpu"), Watch()
-    latents = module.get_submodule("autoencoder.latents")
-    latents.set(0.0, 1.0)  # type: ignore[operator]
+    module.get_submodule("autoencoder.latents").set(0.0, 1.0)  # type: ignore[operator]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     data = MadeUp(config, module)

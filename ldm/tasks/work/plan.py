@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from ldm.config.check import check
 from ldm.config.root import plain
 from ldm.cost.cards import HERE, MFU_SOURCE, PUBLISHED_MFU, Card, card
 from ldm.cost.disk import Data, checkpoints_of, data_of
-from ldm.cost.fitting import CARDS, GIB, Fittings
+from ldm.cost.fitting import CARDS, CONTEXT, GIB, Fittings
 from ldm.cost.rates import ByDataSheet, ByTiming
-from ldm.cost.step import Rates, Step, exchanged, network_of, step_of
+from ldm.cost.step import Network, Rates, Step, exchanged, network_of, step_of
 from ldm.cost.trial import Trial, try_steps
 from ldm.cost.work import OPTIMIZER, Work, micro_batch, work_of
 from ldm.errors import ConfigError
@@ -61,22 +61,32 @@ def plan(config: DictConfig) -> dict[str, float]:
     if config.image_size is None and config.source.get("image_size") and "prepare" in (config.stages or {}):
         config.image_size = config.source.image_size  # of pictures that are made here
     values = plain(config)
+    if values["verify"] and values["gpu"] != HERE and not torch.cuda.is_available():
+        raise ConfigError(
+            f"verify=true trains here, where there is no GPU, and the plan is for gpu={values['gpu']}: add gpu={HERE}."
+        )
+    if values["mfu"] and values["gpu"] == HERE:
+        raise ConfigError(f"mfu={values['mfu']:g} is a share of a data sheet's peak: leave it out, or gpu={HERE}.")
     bought = None if values["gpu"] == HERE else card(values["gpu"], checked(values))
+    network = network_of(values, bought)
     memory, parts = memory_of(values), work_of(values)
     tried = try_steps(values) if values["verify"] else None  # before other work warms or fills this machine
     rates, of_rates = _rates(values, bought, sum(parts.values(), Work()))
     data = data_of(values)
-    step = step_of(values, parts, memory, rates, network_of(values, bought), data.read)
-    rows = [*_memory(memory), *_arithmetic(values, parts), *of_rates, *_time(values, memory, step)]
+    step = step_of(values, parts, memory, rates, network, data.read)
+    rows = [*_memory(memory), *_arithmetic(values, parts), *of_rates, *_time(values, memory, network, step)]
     rows += [*_run(values, step, data), *_disk(values, memory, data), *_fitting(values, memory)]
     if tried is not None:
         rows += _verified(memory, step, tried)
     _print(rows)
     print(step.bottleneck)
+    if bought is not None and memory.total + CONTEXT > bought.memory * GIB:
+        print(f"It does not fit gpu={values['gpu']}: see what makes it fit {bought.memory} GB.")
     if config.output:
         with Path(config.output).open("w", newline="") as file:
-            names = ("table", "what", "value", "unit", "source")
-            csv.writer(file).writerows([names, *([getattr(row, name) for name in names] for row in rows)])
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
         print(f"plan: {config.output}")
     found = {row.what: row.value for row in rows}
     return {
@@ -123,20 +133,23 @@ def _arithmetic(values: dict[str, Any], parts: dict[str, Work]) -> list[Row]:
     ]
 
 
-def _time(values: dict[str, Any], memory: Plan, step: Step) -> list[Row]:
+def _time(values: dict[str, Any], memory: Plan, network: Network, step: Step) -> list[Row]:
     shown = {
         "arithmetic": (step.compute, FOLLOWS),
         "optimizer and average": (step.optimizer, "at the least: bytes over the memory's bandwidth"),
     }
+    rows: list[Row] = []
     if step.communication:
         behind = "all arithmetic" if memory.shares > 1 else "the last backward pass"
         sent = "gathered weights and gradients" if memory.shares > 1 else "gradients, in a ring"
         size = exchanged(values, memory) / 1e9
         shown["exchange between processes"] = step.communication, f"{size:.3g} GB of {sent}"
         shown["of it not hidden"] = step.exposed, f"{ASSUMED}: hides behind {behind}"
+        many = f"{network.per_host} a host x {network.network / 1e9:g} GB/s, at most the link's {network.link / 1e9:g}"
+        rows.append(Row("time", "ring through all GPUs", network.bandwidth / 1e9, "GB/s", f"{ASSUMED}: {many}"))
     shown["reading data, behind all else"] = step.data, f"{ASSUMED}: storage={values['storage']:g} GB/s a host"
     shown["a step"] = step.seconds, FOLLOWS
-    return [Row("time", name, seconds, "s", source) for name, (seconds, source) in shown.items()]
+    return rows + [Row("time", name, seconds, "s", source) for name, (seconds, source) in shown.items()]
 
 
 def _run(values: dict[str, Any], step: Step, data: Data) -> list[Row]:
