@@ -47,15 +47,18 @@ class Plan:
     shares: int = 1  # among how many processes what is trained is cut
 
     @property
+    def held(self) -> int:
+        """What stands through all phases."""
+        return sum(p.bytes for p in self.parts) + self.optimizer + self.average
+
+    @property
     def total(self) -> int:
-        held = sum(p.bytes for p in self.parts) + self.optimizer + self.average
-        return held + max(self.phases.values(), default=0)
+        return self.held + max(self.phases.values(), default=0)
 
     @property
     def of_step(self) -> int:
         """The same without pictures that are drawn on the way."""
-        decoded = {name: size for name, size in self.phases.items() if name.endswith(DECODED)}
-        return self.total - max(self.phases.values()) + max(v for k, v in self.phases.items() if k not in decoded)
+        return self.held + max(size for name, size in self.phases.items() if not name.endswith(DECODED))
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -68,6 +71,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     module = simulated.module
     trained, shares = module.trained_parameters(), _shares(config)
     held = sum(p.nbytes for p in trained.values()) // shares
+    averaged = sum(p.nbytes for p in module.averaged_parameters().values()) // shares
     found = [_part(name, module.get_submodule(attribute)) for name, attribute in module.parts.items()]
     for part in found if shares > 1 else []:
         part.bytes = part.bytes // shares if part.name in module.trained_parts else part.bytes
@@ -75,7 +79,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         found,
         gradients=held,
         optimizer=optimizer_bytes(config["optimizer"], trained) // shares,
-        average=held * len(config["ema"].get("lengths", [0])) if config["ema"] else 0,
+        average=averaged * len(config["ema"].get("lengths", [0])) if config["ema"] else 0,
         phases=_phases(simulated, shares),
         shares=shares,
     )
