@@ -75,7 +75,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
         if self.random:
             self._draw()
-        else:
+        elif not self.heads[0].is_meta:  # there its size is all
             self._read(weights_file(features, key), heads)
 
     @property

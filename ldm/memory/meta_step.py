@@ -59,11 +59,12 @@ class GPUKernels(TorchFunctionMode):
 
     Fused attention keeps q, k, v, its output and one number a query, never the scores. Autocast keeps one copy of every
     trained weight that it has cast until the forward pass is over; frozen weights are cast again at each use.
+    fused: false leaves attention's two products to be seen, and its scores.
     """
 
-    def __init__(self, half: torch.dtype | None):
+    def __init__(self, half: torch.dtype | None, fused: bool = True):
         super().__init__()
-        self.half = half
+        self.half, self.fused = half, fused
         self.kept: dict[int, Tensor] | None = {}
 
     def forward_is_over(self) -> None:
@@ -73,7 +74,7 @@ class GPUKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             q, k, v = (self._cast(t, self.half) for t in args[:3])
-            return _FusedAttention.apply(q, k, v)
+            return _FusedAttention.apply(q, k, v) if self.fused else function(q, k, v)
         if self.half is not None and function in LOWERED:
             args = tuple(self._cast(a, self.half) for a in args)
             kwargs = {k: self._cast(v, self.half) for k, v in kwargs.items()}

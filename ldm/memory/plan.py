@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldm.checkpoints.components import attach_adapters
 from ldm.config.check import module_kind
-from ldm.diffusion.condition import Condition
 from ldm.errors import ConfigError
 from ldm.memory.meta_step import GPUKernels, LiveBytes, backward
+from ldm.memory.simulated import Simulated
 from ldm.models.block import blocks_of
 from ldm.sampling import DECODED_AT_ONCE
-from ldm.text.encoder import CLIPTokenized
-from ldm.text.tokenizer import build_tokenizer
 from ldm.training import adamw8bit, muon
 from ldm.training.distributed.strategy import check_shares, check_strategy, gathered_in
-from ldm.training.latent_diffusion import LatentDiffusion
-from ldm.training.run.build import build_module, build_parts
-from ldm.training.run.frozen import DTYPES, cast_frozen, check_frozen_dtype
+from ldm.training.run.frozen import DTYPES
 
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+DECODED = "pictures decoded"  # the end of that phase's name
 
 
 @dataclass
@@ -49,31 +44,34 @@ class Plan:
     optimizer: int
     average: int
     phases: dict[str, int]
+    shares: int = 1  # among how many processes what is trained is cut
+
+    @property
+    def held(self) -> int:
+        """What stands through all phases."""
+        return sum(p.bytes for p in self.parts) + self.optimizer + self.average
 
     @property
     def total(self) -> int:
-        held = sum(p.bytes for p in self.parts) + self.optimizer + self.average
-        return held + max(self.phases.values(), default=0)
+        return self.held + max(self.phases.values(), default=0)
+
+    @property
+    def of_step(self) -> int:
+        """The same without pictures that are drawn on the way."""
+        return self.held + max(size for name, size in self.phases.items() if not name.endswith(DECODED))
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
-    """The plan of a resolved configuration of module=latent_diffusion, on one GPU; ConfigError for what cannot be.
+    """The plan of a resolved configuration, on one GPU; ConfigError for what cannot be.
 
     Left out: CUDA's context, workspaces of its kernels, gaps between tensors, and what an optimizer's step makes and
     drops again (Muon stacks matrices of one shape).
     """
-    half = _checked(config)
-    parts = build_parts(config, "meta")
-    adapted = bool(config.get("adapter"))
-    cast_frozen(parts, adapted, DTYPES[config["frozen_dtype"]])
-    words = parts.text_encoder
-    if isinstance(words, CLIPTokenized) and not words.has_tokenizer:  # which words it knows changes no size
-        words.set_tokenizer(build_tokenizer(["a photo"], words.vocab_size))
-    attach_adapters(config, parts, {"unet": dict(parts.network.state_dict())})
-    module = build_module(config, parts)
-    assert isinstance(module, LatentDiffusion)
+    simulated = Simulated(config)
+    module = simulated.module
     trained, shares = module.trained_parameters(), _shares(config)
     held = sum(p.nbytes for p in trained.values()) // shares
+    averaged = sum(p.nbytes for p in module.averaged_parameters().values()) // shares
     found = [_part(name, module.get_submodule(attribute)) for name, attribute in module.parts.items()]
     for part in found if shares > 1 else []:
         part.bytes = part.bytes // shares if part.name in module.trained_parts else part.bytes
@@ -81,8 +79,9 @@ def plan(config: Mapping[str, Any]) -> Plan:
         found,
         gradients=held,
         optimizer=optimizer_bytes(config["optimizer"], trained) // shares,
-        average=held * len(config["ema"].get("lengths", [0])) if config["ema"] else 0,
-        phases=_phases(config, module, half, shares),
+        average=averaged * len(config["ema"].get("lengths", [0])) if config["ema"] else 0,
+        phases=_phases(simulated, shares),
+        shares=shares,
     )
 
 
@@ -91,20 +90,17 @@ def _shares(config: Mapping[str, Any]) -> int:
     if check_strategy(config["trainer"]) != "Sharded":
         return 1
     check_shares(config)
-    return int(config["processes"])
+    return gpus_of(config) if module_kind(config) == "latent_diffusion" else 1  # an autoencoder is not cut
 
 
-def _checked(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The type that autocast uses; ConfigError for configurations that no plan can be made of."""
-    check_frozen_dtype(config)
-    precision = str(config["trainer"].get("precision", "32-true"))
-    if module_kind(config) != "latent_diffusion":
-        raise ConfigError("task=plan is for module=latent_diffusion, not for module=autoencoder: leave it out.")
-    if precision not in AUTOCAST:
-        raise ConfigError(f"task=plan does not know trainer.precision={precision}: choose {', '.join(AUTOCAST)}.")
-    if config["image_size"] is None:
-        raise ConfigError("task=plan reads no data, so it needs the size of the pictures: give image_size=512.")
-    return AUTOCAST[precision]
+def gpus_of(config: Mapping[str, Any]) -> int:
+    """How many GPUs train together: gpus=, else what trainer.num_nodes and devices say; 1 where they leave it open."""
+    if config.get("gpus"):
+        return int(config["gpus"])
+    trainer = config["trainer"]
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(1, count) * int(nodes)
 
 
 def _part(name: str, module: nn.Module) -> Part:
@@ -126,36 +122,30 @@ def optimizer_bytes(node: Mapping[str, Any], trained: Mapping[str, nn.Parameter]
     raise ConfigError(f"task=plan does not know what {target} keeps: choose optimizer=adamw, adamw8bit or muon.")
 
 
-def _phases(
-    config: Mapping[str, Any], module: LatentDiffusion, half: torch.dtype | None, shares: int
-) -> dict[str, int]:
+def _phases(simulated: Simulated, shares: int) -> dict[str, int]:
     """The most that lives during each phase beside weights, gradients, optimizer and average."""
-    size, batch = config["image_size"], config["batch_size"]
-    factor, phases = module.autoencoder.factor, {}
-    if size % factor:
-        raise ConfigError(
-            f"image_size={size} does not divide by the autoencoder's factor {factor}: give {size // factor * factor} "
-            f"or {(size // factor + 1) * factor}."
-        )
-    cached = (config["stages"] or {}).get("encode", False) is not False
-    if not cached or module.masks is not None:
-        images = torch.empty(batch, 3, size, size, device="meta")
-        phases["pictures to latents"] = _peak(lambda: module.autoencoder.encode(images), half) + images.nbytes
+    config, module, phases = simulated.config, simulated.module, {}
+    if simulated.encodes:
+        images = simulated.images()
+        phases["pictures to latents"] = _peak(lambda: simulated.encode(images), simulated.half) + images.nbytes
     gradients, travels = sum(p.nbytes for p in module.trained_parameters().values()) // shares, ""
     if shares > 1:
         travels = gathered_in(str(config["trainer"]["precision"]), config["trainer"]["strategy"].get("gather_dtype"))
-        module.model.to(DTYPES[travels])  # what travels so is not cast, and no cast is kept
-    forward, both = _step(module, batch, size, config["noises_per_image"], half)
+        assert simulated.diffusion is not None
+        simulated.diffusion.model.to(DTYPES[travels])  # what travels so is not cast, and no cast is kept
+    forward, both = _step(simulated)
     if shares > 1:
-        both = forward + gradients + gathered(module.model, travels)
+        assert simulated.diffusion is not None
+        both = forward + gradients + gathered(simulated.diffusion.model, travels)
     elif config["accumulate"] > 1:  # the gradients of the micro-batches before are there
         phases = {name: peak + gradients for name, peak in phases.items()}
         both = max(both, forward + gradients)
     phases["loss and its gradients"] = both
-    drawn = min(-(-_pictures(config["callbacks"] or {}) // config["processes"]), max(1, DECODED_AT_ONCE // size**2))
-    if drawn:
-        z = torch.empty(_latents(module, drawn, size), device="meta")
-        phases[f"{drawn} pictures decoded"] = _peak(lambda: module.autoencoder.decode(z), half)
+    most = max(1, DECODED_AT_ONCE // config["image_size"] ** 2)
+    drawn = min(-(-_pictures(config["callbacks"] or {}) // gpus_of(config)), most)
+    if drawn and simulated.diffusion is not None:
+        z = torch.empty(simulated.latent_shape(drawn), device="meta")
+        phases[f"{drawn} {DECODED}"] = _peak(lambda: module.autoencoder.decode(z), simulated.half)
     return phases
 
 
@@ -173,11 +163,6 @@ def _pictures(callbacks: Mapping[str, Any]) -> int:
     return max(len(node.get("prompts") or ()) or node.get("num_prompts", 0) for node in nodes)
 
 
-def _latents(module: LatentDiffusion, batch: int, size: int) -> tuple[int, int, int, int]:
-    side = size // module.autoencoder.factor
-    return batch, len(module.autoencoder.latents.mean), side, side
-
-
 def _peak(function: Callable[[], Any], half: torch.dtype | None) -> int:
     """The most bytes that a computation without gradients has made and not yet dropped."""
     live = LiveBytes()
@@ -186,21 +171,15 @@ def _peak(function: Callable[[], Any], half: torch.dtype | None) -> int:
     return live.peak
 
 
-def _step(module: LatentDiffusion, batch: int, size: int, noises: int, half: torch.dtype | None) -> tuple[int, int]:
+def _step(simulated: Simulated) -> tuple[int, int]:
     """The peaks of the forward pass, and of forward and backward pass together; the new gradients are in the latter."""
-    module.train()
-    live, kernels = LiveBytes(), GPUKernels(half)
+    simulated.module.train()
+    live, kernels = LiveBytes(), GPUKernels(simulated.half)
     with live, kernels:
-        x0 = torch.empty(_latents(module, batch, size), device="meta").repeat_interleave(noises, dim=0)
-        concat = None
-        if module.masks is not None:
-            masks = torch.empty(batch, 1, *x0.shape[-2:], device="meta").repeat_interleave(noises, dim=0)
-            concat = torch.cat([masks, torch.empty_like(x0)], dim=1)
-        with torch.set_grad_enabled(module.text_has_gradient):
-            ids = torch.zeros(batch, module.text_encoder.max_length, dtype=torch.long, device="meta")
-            cond: Condition = module.text_encoder.states(ids).repeat_interleave(noises)
-        prediction = module.predict(x0, replace(cond, concat=concat), torch.full((len(x0),), 0.5), torch.empty_like(x0))
-        loss = prediction.loss(module.weighting).mean()
+        if simulated.diffusion is not None:
+            loss = simulated.denoising_loss(simulated.condition())
+        else:
+            loss = simulated.autoencoder_loss(simulated.images(torch.uint8))
     forward = live.peak
     kernels.forward_is_over()
     live.peak = live.now

@@ -60,11 +60,16 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_matrices()
+        super().step()
+        return loss
+
+    @torch.no_grad()
+    def step_matrices(self) -> None:
+        """Muon's part of a step; AdamW's is left to be made."""
         for group in self.param_groups:
             if group["orthogonal"]:
                 self._step_matrices(group)
-        super().step()
-        return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)

@@ -14,6 +14,7 @@ from ldm.config.schema import check_keys_are_read, keys_of, look_in, schema, tas
 from ldm.errors import ConfigError
 from ldm.training.run.identity import decisive
 
+PLANS = {"gpu", "gpus", "gpus_per_node", "mfu", "price", "network", "storage", "dataset_images", "verify"}
 MODULE = """
 from dataclasses import dataclass
 from ldm.config.keys import Output, Task, key
@@ -130,7 +131,7 @@ def test_what_a_training_task_adds_decides_its_runs_and_no_others(own):
 def test_every_key_says_what_it_is_and_its_default_may_be():
     for name, key in schema().items():
         assert key.about["help"] and key.problem(key.default) is None, name
-    assert set(keys_of(tasks()["plan"])) == {*keys_of(tasks()["train"]), "output", "processes"}
+    assert set(keys_of(tasks()["plan"])) == {*keys_of(tasks()["train"]), "output", *PLANS}
     assert all(set(keys_of(Task)) <= set(keys_of(kind)) for kind in tasks().values())
     assert next(iter(tasks())) == "train"
     with pytest.raises(ConfigError, match="Did you mean 'prompt'"):

@@ -22,7 +22,19 @@ NOT_DECIDING = [  # root keys and what lies below them
 ]
 SAMPLING = ["prompt", "negative_prompt", "prompts", "height", "width", "num_images", "init_image", "strength", "mask"]
 SAMPLING += ["clip_skip", "chunked", "prompt_weights", "tiling", "adapters", "film_strip", "animation"]
-OTHER_TASKS = ["length", "processes", "format", "dtype", "checkpoints", "method", "ratios", "rank"]
+OTHER_TASKS = [
+    "gpu",
+    "gpus",
+    "gpus_per_node",
+    "mfu",
+    "price",
+    "network",
+    "storage",
+    "dataset_images",
+    "verify",
+    "length",
+]
+OTHER_TASKS += ["format", "dtype", "checkpoints", "method", "ratios", "rank"]
 OTHER_TASKS += ["denoiser_steps", "denoiser_images"]
 BY_CONTENT = ["shards", "images", "source", "checkpoint", "weights", "config", "adopt", "scheduler_config"]
 BY_CONTENT += ["templates", "subject", "instance_prompt", "class_shards", "class_images", "class_prompt"]
