@@ -60,7 +60,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "webdataset": ("ldm.data",),
     "transformers": ("ldm.text", "ldm.training.run", "ldm.features"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
-    "wandb": ("ldm.training.run.wandb_mirror",),
+    "wandb": ("ldm.training.run.wandb_mirror", "ldm.analysis.wandb_runs"),
     "pandas": ("ldm.analysis", "ldm.data", "ldm.tasks.work.lengths"),
     "huggingface_hub": ("ldm.formats",),
     "diffusers": (),

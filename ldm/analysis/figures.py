@@ -12,13 +12,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ldm.analysis.run import Run
+from ldm.analysis.logged import Logged
+from ldm.analysis.sources import Source, as_run
 from ldm.errors import ConfigError
 
 CURVES = 6  # steps shown in one picture
+EVENTS = {"resume": "--", "stop": ":"}  # those that are marked, and how
 
 
-def plot_loss(runs: Run | str | Sequence[Run | str], smooth: int = 0) -> Figure:
+def plot_loss(runs: Source | Sequence[Source], smooth: int = 0) -> Figure:
     """Training loss (line) and validation loss (dots, one standard error) against the images seen.
 
     smooth: logged points on either side that the line over the training loss is fitted to; 0 draws it as logged.
@@ -35,7 +37,7 @@ def plot_loss(runs: Run | str | Sequence[Run | str], smooth: int = 0) -> Figure:
     return figure
 
 
-def plot_loss_by_t(run: Run | str) -> Figure:
+def plot_loss_by_t(run: Source) -> Figure:
     """The loss against time, one curve a step, dark early and bright late: training left, validation right.
 
     Training times are drawn at random, so a training curve is the mean over the steps since the curve before it.
@@ -58,7 +60,7 @@ def plot_loss_by_t(run: Run | str) -> Figure:
     return figure
 
 
-def plot_x0_error(run: Run | str) -> Figure:
+def plot_x0_error(run: Source) -> Figure:
     """The squared error of the jump to x0 against sigma/alpha, one curve a step, dark early and bright late.
 
     Dashed: the best guess for latents that are plain Gaussian noise of variance 1, r^2/(1 + r^2) at r = sigma/alpha.
@@ -81,9 +83,63 @@ def plot_x0_error(run: Run | str) -> Figure:
     return figure
 
 
-def _as_runs(runs: Run | str | Sequence[Run | str]) -> list[Run]:
-    several = [runs] if isinstance(runs, str) or not isinstance(runs, Sequence) else runs
-    return [run if isinstance(run, Run) else Run(run) for run in several]
+def plot_throughput(runs: Source | Sequence[Source]) -> Figure:
+    """Images a second against the hours since a run began, with its restarts (dashed) and stops (dotted).
+
+    Dots are the rates that were logged; the line is what was achieved between records of the training loss, with
+    validation, pictures and checkpoints within: where it lies below the dots, they are what time went into.
+
+    >>> plot_throughput("outputs/mine")
+    """
+    figure, (axes,) = _figure(1)
+    for i, run in enumerate(_as_runs(runs)):
+        rate = throughput(run)
+        axes.plot(rate["hours"], rate["achieved"], color=f"C{i}", alpha=0.6, drawstyle="steps", label=run.name)
+        axes.plot(rate["hours"], rate["logged"], "o", color=f"C{i}", markersize=4, label="_logged")
+        for hours, event in _events(run, rate.attrs["began"]):
+            if event in EVENTS:
+                axes.axvline(hours, color=f"C{i}", linestyle=EVENTS[event], linewidth=1, label=f"_{event}")
+    if not axes.lines:
+        raise ConfigError("none of these runs has logged its speed yet: see Run(path).metrics.")
+    axes.set(xlabel="hours since the start", ylabel="images a second", ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+def throughput(run: Source) -> pd.DataFrame:
+    """Speed by time: step, hours since the start, logged (images a second of training alone), achieved (all in all).
+
+    achieved is the images between a record and the one before, by the time between them; nan over a restart.
+    """
+    (run,) = _as_runs(run)
+    metrics = run.metrics
+    loss = metrics.get("train/loss", pd.Series(np.nan, metrics.index))
+    logged = metrics.get("train/images_per_second", pd.Series(np.nan, metrics.index))
+    rows = metrics[loss.notna() | logged.notna()]
+    rows = rows.assign(logged=logged, time=pd.to_numeric(rows["time"]), images=pd.to_numeric(rows["images"]))
+    seconds = rows["time"].diff()
+    rows = rows.assign(achieved=(rows["images"].diff() / seconds).where(seconds > 0))
+    events = run.events
+    starts = pd.to_numeric(events["time"], errors="coerce").dropna() if "time" in events else pd.Series(dtype=float)
+    began = min([*starts[:1], *rows["time"][:1]], default=0.0)
+    for start in starts[events["event"] == "resume"] if len(starts) == len(events) and len(starts) else ():
+        rows.loc[(rows["time"] >= start) & (rows["time"].shift() < start), "achieved"] = np.nan
+    table = rows.assign(hours=(rows["time"] - began) / 3600)[["step", "hours", "logged", "achieved"]]
+    table.attrs["began"] = began
+    return table.reset_index(drop=True)
+
+
+def _events(run: Logged, began: float) -> list[tuple[float, str]]:
+    return [
+        ((e["time"] - began) / 3600, e["event"])
+        for e in run.events.to_dict("records")
+        if isinstance(e.get("time"), int | float) and isinstance(e.get("event"), str)
+    ]
+
+
+def _as_runs(runs: Source | Sequence[Source]) -> list[Logged]:
+    several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    return [as_run(run) for run in several]
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
@@ -94,7 +150,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, every
 
 
-def _plot_one_loss(axes: Axes, run: Run, colour: str, smooth: int) -> None:
+def _plot_one_loss(axes: Axes, run: Logged, colour: str, smooth: int) -> None:
     metrics = run.metrics
     if "train/loss" in metrics:
         train = metrics.dropna(subset=["train/loss"])
