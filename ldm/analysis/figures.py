@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from ldm.analysis.logged import Logged
@@ -84,24 +84,27 @@ def plot_x0_error(run: Source) -> Figure:
 
 
 def plot_throughput(runs: Source | Sequence[Source]) -> Figure:
-    """Images a second against the hours since a run began, with its restarts (dashed) and stops (dotted).
+    """Images a second against the time since a run began, with its restarts (dashed) and stops (dotted).
 
     Dots are the rates that were logged; the line is what was achieved between records of the training loss, with
     validation, pictures and checkpoints within: where it lies below the dots, they are what time went into.
 
     >>> plot_throughput("outputs/mine")
     """
-    figure, (axes,) = _figure(1)
-    for i, run in enumerate(_as_runs(runs)):
-        rate = throughput(run)
-        axes.plot(rate["hours"], rate["achieved"], color=f"C{i}", alpha=0.6, drawstyle="steps", label=run.name)
-        axes.plot(rate["hours"], rate["logged"], "o", color=f"C{i}", markersize=4, label="_logged")
-        for hours, event in _events(run, rate.attrs["began"]):
-            if event in EVENTS:
-                axes.axvline(hours, color=f"C{i}", linestyle=EVENTS[event], linewidth=1, label=f"_{event}")
-    if not axes.lines:
+    every = [(run, throughput(run)) for run in _as_runs(runs)]
+    if all(rate.empty for _, rate in every):
         raise ConfigError("none of these runs has logged its speed yet: see Run(path).metrics.")
-    axes.set(xlabel="hours since the start", ylabel="images a second", ylim=(0, None))
+    figure, (axes,) = _figure(1)
+    unit, size = ("hours", 1) if max(rate["hours"].max() for _, rate in every) > 2 else ("minutes", 60)
+    for i, (run, rate) in enumerate(every):
+        when = rate["hours"] * size
+        axes.plot(when, rate["achieved"], color=f"C{i}", alpha=0.6, drawstyle="steps", label=plain(run.name))
+        axes.plot(when, rate["logged"], "o", color=f"C{i}", markersize=4, label="_logged")
+        for time, event in _events(run):
+            if event in EVENTS:
+                hours = (time - rate.attrs["began"]) / 3600
+                axes.axvline(hours * size, color=f"C{i}", linestyle=EVENTS[event], linewidth=1, label=f"_{event}")
+    axes.set(xlabel=f"{unit} since the start", ylabel="images a second", ylim=(0, None))
     axes.legend()
     return figure
 
@@ -112,34 +115,35 @@ def throughput(run: Source) -> pd.DataFrame:
     achieved is the images between a record and the one before, by the time between them; nan over a restart.
     """
     (run,) = _as_runs(run)
-    metrics = run.metrics
-    loss = metrics.get("train/loss", pd.Series(np.nan, metrics.index))
-    logged = metrics.get("train/images_per_second", pd.Series(np.nan, metrics.index))
-    rows = metrics[loss.notna() | logged.notna()]
-    rows = rows.assign(logged=logged, time=pd.to_numeric(rows["time"]), images=pd.to_numeric(rows["images"]))
-    seconds = rows["time"].diff()
-    rows = rows.assign(achieved=(rows["images"].diff() / seconds).where(seconds > 0))
-    events = run.events
-    starts = pd.to_numeric(events["time"], errors="coerce").dropna() if "time" in events else pd.Series(dtype=float)
-    began = min([*starts[:1], *rows["time"][:1]], default=0.0)
-    for start in starts[events["event"] == "resume"] if len(starts) == len(events) and len(starts) else ():
-        rows.loc[(rows["time"] >= start) & (rows["time"].shift() < start), "achieved"] = np.nan
-    table = rows.assign(hours=(rows["time"] - began) / 3600)[["step", "hours", "logged", "achieved"]]
+    rows = run.metrics.reindex(columns=["step", "images", "time", "train/loss", "train/images_per_second"])
+    rows = rows.astype(float).dropna(subset=["train/loss", "train/images_per_second"], how="all")
+    seconds, events = rows["time"].diff(), _events(run)
+    achieved = (rows["images"].diff() / seconds).where(seconds > 0)
+    for time, event in events:
+        if event == "resume":
+            achieved[(rows["time"] >= time) & (rows["time"].shift() < time)] = np.nan
+    began = min([time for time, _ in events[:1]] + rows["time"].head(1).tolist(), default=0.0)
+    rows = rows.assign(hours=(rows["time"] - began) / 3600, logged=rows["train/images_per_second"], achieved=achieved)
+    table = rows[["step", "hours", "logged", "achieved"]].astype({"step": int}).reset_index(drop=True)
     table.attrs["began"] = began
-    return table.reset_index(drop=True)
+    return table
 
 
-def _events(run: Logged, began: float) -> list[tuple[float, str]]:
-    return [
-        ((e["time"] - began) / 3600, e["event"])
-        for e in run.events.to_dict("records")
-        if isinstance(e.get("time"), int | float) and isinstance(e.get("event"), str)
-    ]
+def _events(run: Logged) -> list[tuple[float, str]]:
+    """(time, event) in order; what is no event is passed over."""
+    every = run.events.to_dict("records")
+    numbers = [e for e in every if isinstance(e.get("time"), int | float) and isinstance(e.get("event"), str)]
+    return [(e["time"], e["event"]) for e in numbers]
 
 
 def _as_runs(runs: Source | Sequence[Source]) -> list[Logged]:
     several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     return [as_run(run) for run in several]
+
+
+def plain(name: str) -> str:
+    """A run's name for a label, where $ would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
@@ -158,11 +162,11 @@ def _plot_one_loss(axes: Axes, run: Logged, colour: str, smooth: int) -> None:
         if smooth > 0:
             axes.plot(train["images"], loss, color=colour, alpha=0.25)
             loss = _smoothed(loss, smooth)
-        axes.plot(train["images"], loss, color=colour, label=f"{run.name}, training")
+        axes.plot(train["images"], loss, color=colour, label=f"{plain(run.name)}, training")
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
         error = val.get("val/loss_standard_error")
-        label = f"{run.name}, validation"
+        label = f"{plain(run.name)}, validation"
         axes.errorbar(val["images"], val["val/loss"], error, color=colour, fmt="o--", ms=4, capsize=2, label=label)
 
 
@@ -192,7 +196,8 @@ def _windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _colour_of_steps(frame: pd.DataFrame) -> ScalarMappable:
-    return ScalarMappable(Normalize(frame["step"].min(), frame["step"].max()), colormaps["viridis"])
+    middle = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.85, 256)))  # seen on white and on black
+    return ScalarMappable(Normalize(frame["step"].min(), frame["step"].max()), middle)
 
 
 def _curves(axes: Axes, table: pd.DataFrame, colour: ScalarMappable) -> None:

@@ -115,7 +115,8 @@ class Logged:
     @property
     def scores(self) -> pd.DataFrame:
         """The evaluation's scores: score, value, low and high (95 %), chance, n."""
-        return _scores(self.evaluation.get("metrics"))
+        frame = pd.DataFrame(scores_of(self.evaluation), columns=["score", "value", "low", "high", "chance", "n"])
+        return frame.astype({c: float for c in frame.columns if c != "score"})
 
     def last(self) -> tuple[int, dict[str, float]]:
         """(last step that was logged, last finite value of every scalar), read in one go."""
@@ -126,7 +127,7 @@ class Logged:
         rows: dict[int, Scalars] = {}
         for record in self._records():
             if type(record.get("step")) is int:
-                numbers = {k: v for k, v in record.items() if isinstance(v, int | float | None)}
+                numbers = {k: v for k, v in record.items() if v is None or isinstance(v, (int, float))}
                 rows.setdefault(record["step"], {}).update(numbers)
         return rows
 
@@ -149,9 +150,11 @@ def parts_of(config: dict[str, Any], names: Iterable[str], source: Any) -> dict[
 
 def _last(rows: dict[int, Scalars]) -> dict[str, float]:
     latest: dict[str, float] = {}
-    for step in sorted(rows):
-        latest.update({k: float(v) for k, v in rows[step].items() if v is not None and math.isfinite(v)})
-    return {k: v for k, v in sorted(latest.items(), key=lambda item: _natural(item[0])) if k not in FIRST}
+    for step in sorted(rows, reverse=True):
+        for key, value in rows[step].items():
+            if key not in latest and value is not None and math.isfinite(value):
+                latest[key] = float(value)
+    return {k: latest[k] for k in sorted(latest, key=_natural) if k not in FIRST}
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -166,9 +169,12 @@ def _sigmas(config: dict[str, Any], source: Any) -> dict[int, float]:
     return {i: float(level.ratio) for i, level in enumerate(levels)}
 
 
-def _scores(said: Any) -> pd.DataFrame:
-    said = said if isinstance(said, dict) else {}
-    metrics = {k: v for k, v in said.items() if isinstance(v, int | float | None)}
+def scores_of(
+    evaluation: dict[str, Any],
+) -> list[tuple[str, float | None, float | None, float | None, float | None, Any]]:
+    """(score, value, low, high, chance, n) of each number in what an evaluation wrote that is a score."""
+    said = evaluation.get("metrics")
+    metrics = {k: v for k, v in said.items() if isinstance(v, int | float | None)} if isinstance(said, dict) else {}
     rows = []
     for name, value in metrics.items():
         if name.rsplit("/", 1)[-1] in AROUND:
@@ -179,5 +185,4 @@ def _scores(said: Any) -> pd.DataFrame:
         n = next((metrics[f"{k}/n"] for k in (name, *map(str, Path(name).parents)) if f"{k}/n" in metrics), None)
         low, high = metrics.get(f"{name}/low", interval[0]), metrics.get(f"{name}/high", interval[1])
         rows.append((name, value, low, high, metrics.get(f"{name}/chance"), n))
-    frame = pd.DataFrame(rows, columns=["score", "value", "low", "high", "chance", "n"])
-    return frame.astype({c: float for c in frame.columns if c != "score"})
+    return rows

@@ -70,13 +70,18 @@ class Run(Logged):
         return sorted(p.parent for p in manifests if p.parent.suffix != ".part")
 
     @property
-    def evaluation(self) -> dict[str, Any]:
-        """evaluation.json as it stands (metrics, checkpoint, asked), the one written last; {} when there is none."""
+    def evaluation_file(self) -> Path | None:
+        """The evaluation.json that was written last; its pictures lie beside it."""
         files = set(self.path.glob("evaluation*/evaluation.json"))
         if "path" in self.stages.get("evaluate", {}):
-            files.add(self._find(self.stages["evaluate"]["path"]) / "evaluation.json")
-        written = sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime)
-        return read_json(written[-1]) if written else {}
+            files.add(self.find(self.stages["evaluate"]["path"]) / "evaluation.json")
+        return max((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime, default=None)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json as it stands (metrics, checkpoint, asked); {} when there is none."""
+        file = self.evaluation_file
+        return read_json(file) if file else {}
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -86,13 +91,13 @@ class Run(Logged):
 
     def stage(self, name: str) -> Run:
         """The run of a stage: `run.stage("autoencoder")`."""
-        trained = [s for s, made in self.stages.items() if "path" in made and is_run(self._find(made["path"]))]
+        trained = [s for s, made in self.stages.items() if "path" in made and is_run(self.find(made["path"]))]
         if name not in trained:
             there = f"stages that are runs: {', '.join(trained)}" if trained else "it has no stages.json with runs"
             raise ConfigError(f"{self.path} has no run for the stage {name!r}; {there}.")
-        return Run(self._find(self.stages[name]["path"]))
+        return Run(self.find(self.stages[name]["path"]))
 
-    def _find(self, path: str) -> Path:
+    def find(self, path: str) -> Path:
         """A path as stages.json has it: relative to the run, so that outputs/ may move as a whole."""
         return (self.path / path).resolve()
 

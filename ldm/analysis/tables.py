@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldm.analysis.logged import Logged, Scalars
+from ldm.analysis.logged import Logged, Scalars, scores_of
 from ldm.analysis.run import Run, nearby
 from ldm.analysis.sources import Source, as_run, find
 from ldm.errors import ConfigError
@@ -141,9 +141,9 @@ def _row(run: Logged, choices: Scalars) -> Scalars:
     # While a run is running its status holds the step that it started from.
     about |= {"state": status.get("state"), "step": max(int(_number(status.get("step"))), logged)}
     last = {k: v for k, v in last.items() if "_by_t/" not in k}
-    scores = run.scores.dropna(subset=["low"])
+    scores = {name: value for name, value, low, *_ in scores_of(run.evaluation) if low is not None}
     short = {k: v.rsplit(".", 1)[-1] if isinstance(v, str) and v.startswith("ldm.") else v for k, v in choices.items()}
-    return {**short, **about, **last, **dict(zip(scores["score"], scores["value"], strict=True))}
+    return {**short, **about, **last, **scores}
 
 
 def _flatten(node: Any, key: str = "") -> Scalars:
