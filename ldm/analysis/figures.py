@@ -17,6 +17,7 @@ from ldm.analysis.sources import Source, as_run
 from ldm.errors import ConfigError
 
 CURVES = 6  # steps shown in one picture
+SEEN_ON_BOTH = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.85, 256)))  # on white and on black
 EVENTS = {"resume": "--", "stop": ":"}  # those that are marked, and how
 
 
@@ -162,7 +163,8 @@ def _plot_one_loss(axes: Axes, run: Logged, colour: str, smooth: int) -> None:
         if smooth > 0:
             axes.plot(train["images"], loss, color=colour, alpha=0.25)
             loss = _smoothed(loss, smooth)
-        axes.plot(train["images"], loss, color=colour, label=f"{plain(run.name)}, training")
+        alone = "." if len(loss) == 1 else None
+        axes.plot(train["images"], loss, marker=alone, color=colour, label=f"{plain(run.name)}, training")
     if "val/loss" in metrics:
         val = metrics.dropna(subset=["val/loss"])
         error = val.get("val/loss_standard_error")
@@ -196,8 +198,7 @@ def _windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _colour_of_steps(frame: pd.DataFrame) -> ScalarMappable:
-    middle = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.85, 256)))  # seen on white and on black
-    return ScalarMappable(Normalize(frame["step"].min(), frame["step"].max()), middle)
+    return ScalarMappable(Normalize(frame["step"].min(), frame["step"].max()), SEEN_ON_BOTH)
 
 
 def _curves(axes: Axes, table: pd.DataFrame, colour: ScalarMappable) -> None:

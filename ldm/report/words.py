@@ -89,14 +89,14 @@ def course(run: Run) -> list[str]:
     resumes = [e.get("step") for e in events if e.get("event") == "resume"]
     said = []
     if resumes:
-        steps = _listed([f"step {count(s)}" for s in resumes if isinstance(s, int)])
+        steps = listed([f"step {count(s)}" for s in resumes if isinstance(s, int)])
         times = {1: "once", 2: "twice"}.get(len(resumes), f"{len(resumes)} times")
         said.append(f"It was interrupted and went on {times}{f', from {steps}' if steps else ''}.")
-    elif len(events) > 1:
+    elif run.status.get("state") == "finished":
         said.append("It ran in one go, without a restart.")
     made = [_stage(name, stage) for name, stage in run.stages.items()]
     if any(made):
-        said.append(f"The command {_listed([m for m in made if m])}.")
+        said.append(f"The command {listed([m for m in made if m])}.")
     return said
 
 
@@ -134,7 +134,7 @@ def hardware(run: Run) -> str:
     gpus = about.get("gpus")
     if isinstance(gpus, list) and gpus:
         kinds = list(dict.fromkeys(map(str, gpus)))
-        return _listed([f"{gpus.count(k)} {k}" for k in kinds])
+        return listed([f"{gpus.count(k)} {k}" for k in kinds])
     cpus, threads = about.get("cpus"), about.get("threads")
     if not isinstance(cpus, int):
         return ""
@@ -203,7 +203,7 @@ def _target(node: Any) -> str:
     return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, dict) else ""
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 

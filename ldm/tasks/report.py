@@ -19,9 +19,12 @@ class Report(Output, Task):
     def run(config: DictConfig) -> dict[str, float]:
         """Writes report.html into the directory checkpoint=, or the file output=."""
         from ldm.report.run import write_run
+        from ldm.report.sweep import write_sweep
 
         if not config.checkpoint:
             raise ConfigError("task=report needs checkpoint=, a run's or a sweep's directory: checkpoint=outputs/mine.")
-        path = write_run(Path(config.checkpoint), Path(config.output) if config.output else None)
+        path = Path(config.checkpoint)
+        write = write_sweep if (path / "results.csv").is_file() else write_run
+        path = write(path, Path(config.output) if config.output else None)
         print(f"report: {path}")
         return {}
