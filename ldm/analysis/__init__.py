@@ -13,6 +13,7 @@ diff(run, "outputs/other")                 # configuration and results
 from ldm.analysis.figures import plot_loss, plot_loss_by_t, plot_throughput, plot_x0_error, throughput
 from ldm.analysis.objective_figure import plot_objective
 from ldm.analysis.run import Run
+from ldm.analysis.sweeps import importance, plot_differences, plot_importance, plot_sweep_parallel
 from ldm.analysis.tables import compare, diff, newest, runs
 from ldm.analysis.trajectories import film_strip, plot_trajectories, trajectories
 from ldm.analysis.wandb_runs import WandbRun
@@ -23,10 +24,14 @@ __all__ = [
     "compare",
     "diff",
     "film_strip",
+    "importance",
     "newest",
+    "plot_differences",
+    "plot_importance",
     "plot_loss",
     "plot_loss_by_t",
     "plot_objective",
+    "plot_sweep_parallel",
     "plot_throughput",
     "plot_trajectories",
     "plot_x0_error",

@@ -32,7 +32,7 @@ def plot_sweep_parallel(sweep: Sweep, metric: str | None = None) -> Figure:
     axes_names = _swept(results)
     value = _values(results, metric)
     known = value[value.notna()]
-    places = [_places(results[name]) for name in axes_names] + [_places(known)]
+    places = [_places(results[name]) for name in axes_names] + [_places(known, levels=0)]
     figure = Figure(figsize=(1.6 + 1.5 * len(places), 3.8), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     colour = ScalarMappable(Normalize(known.min(), known.max()), SEEN_ON_BOTH)
@@ -147,7 +147,7 @@ def _values(results: pd.DataFrame, metric: str) -> pd.Series:
     return values.where(np.isfinite(values))
 
 
-def _places(column: pd.Series) -> tuple[pd.Series, list[tuple[float, str]]]:
+def _places(column: pd.Series, levels: int = LEVELS) -> tuple[pd.Series, list[tuple[float, str]]]:
     """Heights from 0 to 1, and what stands at some of them: numbers by size (positive ones over decades by logarithm),
     all else by level."""
     if pd.api.types.is_numeric_dtype(column):
@@ -156,7 +156,7 @@ def _places(column: pd.Series) -> tuple[pd.Series, list[tuple[float, str]]]:
         low, high = size.min(), size.max()
         heights = (size - low) / (high - low) if high > low else size * 0 + 0.5
         ends = (column.min(), column.max())
-        few = column.nunique() <= LEVELS
+        few = column.nunique() <= levels
         return heights, sorted(
             {(float(h), f"{v:.4g}") for h, v in zip(heights, column, strict=True) if few or v in ends}
         )
