@@ -63,6 +63,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "wandb": ("ldm.training.run.wandb_mirror",),
     "pandas": ("ldm.analysis", "ldm.data", "ldm.tasks.work.lengths"),
     "huggingface_hub": ("ldm.formats",),
+    "optuna": ("ldm.training.callbacks.pruning",),
     "diffusers": (),
     "torchvision": (),
 }

@@ -10,7 +10,18 @@ plot_loss([run, Run("outputs/other")], smooth=5)
 """
 
 from ldm.analysis.figures import plot_loss, plot_loss_by_t, plot_x0_error
+from ldm.analysis.replicates import read_results, settings
 from ldm.analysis.run import Run
 from ldm.analysis.tables import compare, newest, runs
 
-__all__ = ["Run", "compare", "newest", "plot_loss", "plot_loss_by_t", "plot_x0_error", "runs"]
+__all__ = [
+    "Run",
+    "compare",
+    "newest",
+    "plot_loss",
+    "plot_loss_by_t",
+    "plot_x0_error",
+    "read_results",
+    "runs",
+    "settings",
+]
