@@ -64,6 +64,7 @@ ONLY_IN = {  # third party -> rooms that may import it
     "pandas": ("ldm.analysis", "ldm.report.sweep", "ldm.data", "ldm.tasks.work.lengths"),
     "jinja2": ("ldm.report",),
     "huggingface_hub": ("ldm.formats",),
+    "optuna": ("ldm.training.callbacks.pruning",),
     "diffusers": (),
     "torchvision": (),
 }

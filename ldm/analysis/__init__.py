@@ -12,6 +12,7 @@ diff(run, "outputs/other")                 # configuration and results
 
 from ldm.analysis.figures import plot_loss, plot_loss_by_t, plot_throughput, plot_x0_error, throughput
 from ldm.analysis.objective_figure import plot_objective
+from ldm.analysis.replicates import read_results, settings
 from ldm.analysis.run import Run
 from ldm.analysis.sweeps import importance, plot_differences, plot_importance, plot_sweep_parallel
 from ldm.analysis.tables import compare, diff, newest, runs
@@ -35,7 +36,9 @@ __all__ = [
     "plot_throughput",
     "plot_trajectories",
     "plot_x0_error",
+    "read_results",
     "runs",
+    "settings",
     "throughput",
     "trajectories",
 ]

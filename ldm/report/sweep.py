@@ -29,10 +29,10 @@ IMPORTANCE = "The share of the variance over the arms that each axis explains by
 def write_sweep(path: Path, target: Path | None = None, metric: str | None = None) -> Path:
     """Writes report.html of a sweep's directory, from its files alone; arms may still be running.
 
-    metric: what settings are compared by; by default val/loss, or a score.
+    metric: what settings are compared by; by default, and where no arm has it, val/loss or a score.
     """
     results = read_results(path)
-    metric = metric or default_metric(results)
+    metric = metric if metric in metrics_of(results) else default_metric(results)
     arms = results.copy().assign(run=[path / Path(d).name for d in results["directory"]])
     others = [m for m in _scores(results) if m != metric][:MOST_METRICS]
     embed = page.Pictures()
