@@ -21,7 +21,6 @@ from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
 from ldm.launch import is_first
-from ldm.report import write_report
 from ldm.sweep.measured import check_optimized, of_evaluation, of_training
 from ldm.tasks.work.encode import encode_shards
 from ldm.tasks.work.evaluate import built_metrics, evaluate_run
@@ -117,6 +116,7 @@ def evaluate(values: dict[str, Any], command: Stages) -> Made:
 
 def report(values: dict[str, Any], command: Stages) -> Made:
     """The page of what was trained last."""
+    from ldm.report.run import write_run  # pandas takes half a second
 
     def write() -> None:
         run, told = command.run_directory, {**command.made, "report": {}}
@@ -124,7 +124,7 @@ def report(values: dict[str, Any], command: Stages) -> Made:
             if "path" in made:
                 made["path"] = os.path.relpath(made["path"], run)
         write_json(run / "stages.json", told)
-        path = write_report(run)
+        path = write_run(run)
         print(f"pictures: {run / 'images'}\nreport: {path}")
 
     processes.by_first(write)
