@@ -17,7 +17,7 @@ from ldm.analysis.sources import Source, as_run
 from ldm.errors import ConfigError
 
 CURVES = 6  # steps shown in one picture
-SEEN_ON_BOTH = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.85, 256)))  # on white and on black
+SEEN_ON_BOTH = ListedColormap(colormaps["viridis"](np.linspace(0.25, 0.85, 256)))  # on white and on black
 EVENTS = {"resume": "--", "stop": ":"}  # those that are marked, and how
 
 

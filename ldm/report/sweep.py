@@ -157,9 +157,11 @@ def _pictures(embed: page.Pictures, one_each: list[tuple[str, Run]]) -> list[pag
 
 
 def _scores(results: pd.DataFrame) -> list[str]:
-    """Metrics to compare by: not the losses by time, nor the ends of intervals."""
+    """Metrics to compare by, the autoencoder's last: not the losses by time, nor what says something of others."""
     names = [m for m in metrics_of(results) if results[m].notna().any() and not m.startswith("train/")]
-    return [m for m in names if "_by_t/" not in m and m.rsplit("/", 1)[-1] not in AROUND]
+    names = [m for m in names if "_by_t/" not in m and m.rsplit("/", 1)[-1] not in AROUND]
+    names = [m for m in names if not m.endswith(("_standard_error", "gaussian_loss"))]
+    return sorted(names, key=lambda m: m.startswith("autoencoder/"))
 
 
 def _swept(results: pd.DataFrame) -> list[str]:

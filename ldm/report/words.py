@@ -174,7 +174,9 @@ def _stage(name: str, made: dict[str, Any]) -> str:
         "evaluate": "scored it",
     }.get(name, "")
     seconds = made.get("seconds")
-    return did + (f" ({duration(seconds)})" if did and isinstance(seconds, int | float) else "")
+    if not did or not isinstance(seconds, int | float) or seconds < 0.1:  # it was there already
+        return did
+    return f"{did} ({duration(seconds)})"
 
 
 def _data(run: Run) -> str:
