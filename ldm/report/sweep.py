@@ -21,7 +21,7 @@ from ldm.analysis.sweeps import plot_differences, plot_importance, plot_sweep_pa
 from ldm.report import page, words
 
 MOST_CURVES, MOST_PICTURES, MOST_METRICS = 10, 24, 12  # of a page
-MOST_SETTINGS = 60  # beyond which only the first table has all of them
+MOST_SETTINGS = 60  # beyond which there is one table, folded
 LOSSES = "One seed of each setting. Losses compare only where scheduler, parameterization and weighting are the same."
 PARALLEL = "A line an arm through what it was given; grey and dashed: without a value."
 DIFFERENCES = "Paired by seed, with 95 % intervals that hold together; a full dot leaves out 0."
@@ -49,6 +49,7 @@ def write_sweep(path: Path, target: Path | None = None, metric: str | None = Non
         introduction=_introduction(results),
         metric=metric or "",
         table=table,
+        folded=len(table) > MOST_SETTINGS,
         others=[(other, _table(results, other)) for other in others],
         figures=_figures(results, metric, one_each, len(table)) if metric else [],
         pictures=_pictures(page.Pictures(), one_each),
@@ -77,7 +78,7 @@ def _table(results: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     rows = []
     for row in table:
         change = [float(row[f"difference{k}"]) for k in ("", "/low", "/high")]
-        known, other = math.isfinite(row["mean"]), not row["baseline"]
+        known, compared = math.isfinite(row["mean"]), math.isfinite(change[0]) and not row["baseline"]
         spread = f"{page.number(row['low'])} to {page.number(row['high'])}" if math.isfinite(row["low"]) else ""
         rows.append(
             {
@@ -86,7 +87,7 @@ def _table(results: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
                 "drawn": page.bar(row["mean"], row["low"], row["high"], values) if known else "",
                 "said": ", ".join(filter(None, [spread, _of(row)])),
                 "change": _changed(row, change),
-                "change_drawn": page.bar(change[0], change[1], change[2], changes, 0.0) if known and other else "",
+                "change_drawn": page.bar(change[0], change[1], change[2], changes, 0.0) if compared else "",
                 "distinct": bool(row["distinct"]),
             }
         )
