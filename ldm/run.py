@@ -69,6 +69,9 @@ def run(arguments: Sequence[str]) -> int:
         overrides, flags = _parsed(arguments)
         register(*_folders(flags))
         _check_trainer(arguments)
+        searched = [a for a in overrides if not multirun and a.startswith(("sweep=", "sweep."))]
+        if searched:
+            raise ConfigError(f"{searched[0]} is of sweeps, and this is one run: python -m ldm.run -m ... sweeps.")
         typed = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments, overrides)]
         if multirun:
             plugins.register()

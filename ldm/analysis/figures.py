@@ -12,12 +12,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from ldm.analysis.logged import Logged
+from ldm.analysis.logged import Logged, is_number
 from ldm.analysis.sources import Source, as_run
 from ldm.errors import ConfigError
 
 CURVES = 6  # steps shown in one picture
-SEEN_ON_BOTH = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.85, 256)))  # on white and on black
+SEEN_ON_BOTH = ListedColormap(colormaps["viridis"](np.linspace(0.25, 0.85, 256)))  # on white and on black
 EVENTS = {"resume": "--", "stop": ":"}  # those that are marked, and how
 
 
@@ -101,7 +101,7 @@ def plot_throughput(runs: Source | Sequence[Source]) -> Figure:
         when = rate["hours"] * size
         axes.plot(when, rate["achieved"], color=f"C{i}", alpha=0.6, drawstyle="steps", label=plain(run.name))
         axes.plot(when, rate["logged"], "o", color=f"C{i}", markersize=4, label="_logged")
-        for time, event in _events(run):
+        for time, event in events_of(run):
             if event in EVENTS:
                 hours = (time - rate.attrs["began"]) / 3600
                 axes.axvline(hours * size, color=f"C{i}", linestyle=EVENTS[event], linewidth=1, label=f"_{event}")
@@ -118,7 +118,7 @@ def throughput(run: Source) -> pd.DataFrame:
     (run,) = _as_runs(run)
     rows = run.metrics.reindex(columns=["step", "images", "time", "train/loss", "train/images_per_second"])
     rows = rows.astype(float).dropna(subset=["train/loss", "train/images_per_second"], how="all")
-    seconds, events = rows["time"].diff(), _events(run)
+    seconds, events = rows["time"].diff(), events_of(run)
     achieved = (rows["images"].diff() / seconds).where(seconds > 0)
     for time, event in events:
         if event == "resume":
@@ -130,11 +130,10 @@ def throughput(run: Source) -> pd.DataFrame:
     return table
 
 
-def _events(run: Logged) -> list[tuple[float, str]]:
+def events_of(run: Logged) -> list[tuple[float, str]]:
     """(time, event) in order; what is no event is passed over."""
     every = run.events.to_dict("records")
-    numbers = [e for e in every if isinstance(e.get("time"), int | float) and isinstance(e.get("event"), str)]
-    return [(e["time"], e["event"]) for e in numbers]
+    return [(e["time"], e["event"]) for e in every if is_number(e.get("time")) and isinstance(e.get("event"), str)]
 
 
 def _as_runs(runs: Source | Sequence[Source]) -> list[Logged]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 from PIL import Image
@@ -127,7 +127,7 @@ class Logged:
         rows: dict[int, Scalars] = {}
         for record in self._records():
             if type(record.get("step")) is int:
-                numbers = {k: v for k, v in record.items() if v is None or isinstance(v, (int, float))}
+                numbers = {k: v for k, v in record.items() if v is None or type(v) is float or is_number(v)}
                 rows.setdefault(record["step"], {}).update(numbers)
         return rows
 
@@ -138,6 +138,13 @@ class Logged:
         frame = frame.melt(id_vars="step", var_name="bin", value_name=value).dropna().sort_values(["step", "bin"])
         frame = frame.astype({"step": int, "bin": int, value: float})
         return frame.assign(t=frame["bin"].map(dict(enumerate(bin_times()))).astype(float)).reset_index(drop=True)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value out of a file is a finite number that floats hold."""
+    if isinstance(value, int):
+        return value.bit_length() < 1000
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def parts_of(config: dict[str, Any], names: Iterable[str], source: Any) -> dict[str, Any]:
@@ -174,7 +181,7 @@ def scores_of(
 ) -> list[tuple[str, float | None, float | None, float | None, float | None, Any]]:
     """(score, value, low, high, chance, n) of each number in what an evaluation wrote that is a score."""
     said = evaluation.get("metrics")
-    metrics = {k: v for k, v in said.items() if isinstance(v, int | float | None)} if isinstance(said, dict) else {}
+    metrics = {k: v for k, v in said.items() if v is None or is_number(v)} if isinstance(said, dict) else {}
     rows = []
     for name, value in metrics.items():
         if name.rsplit("/", 1)[-1] in AROUND:

@@ -80,8 +80,9 @@ def settings(results: pd.DataFrame, metric: str, baseline: str | None = None) ->
     without one, whatever the reason; mean, low, high (95 % of Student's t over seeds, NaN with a single one);
     difference from the baseline over the seeds that both have, difference/low, difference/high; distinct; baseline.
 
-    The intervals of all differences hold together with 95 % (Bonferroni's correction for the number of settings that
-    are compared), and distinct says that one leaves out 0: of tables in which nothing differs, at most 5 % name any.
+    The intervals of all differences hold together with 95 %, whichever setting is made the baseline after a look at
+    the table (Bonferroni's correction for all pairs of settings). distinct says that one leaves out 0: of tables in
+    which nothing differs, at most 5 % name any.
     ConfigError for a metric or baseline that is not there.
     """
     if metric not in metrics_of(results):
@@ -95,11 +96,11 @@ def settings(results: pd.DataFrame, metric: str, baseline: str | None = None) ->
     first = labels.index(baseline) if baseline is not None else 0
     values = [_by_seed(rows, metric) for _, rows in groups]
     pairs = [_paired(v, values[first]) for v in values] if values else []
-    compared = sum(len(p) > 1 for i, p in enumerate(pairs) if i != first)
+    compared = sum(len(p) > 1 for p in pairs)
     table = []
     for i, (typed, rows) in enumerate(groups):
         mean, low, high = interval(list(values[i].values()))
-        difference = (0.0, 0.0, 0.0) if i == first else interval(pairs[i], max(compared, 1))
+        difference = (0.0, 0.0, 0.0) if i == first else interval(pairs[i], max(math.comb(compared, 2), 1))
         distinct = i != first and (difference[1] > 0 or difference[2] < 0)
         row = {"setting": labels[i], **dict(zip(swept, typed if swept else (), strict=True))}
         row |= {"n": len(values[i]), "failed": len(rows) - len(values[i]), "mean": mean, "low": low, "high": high}

@@ -112,6 +112,7 @@ def nearby(path: Path) -> str:
     known = next((p for p in path.absolute().parents if p.is_dir()), Path.cwd())
     places = [path] if path.is_dir() else [known]
     inside = [f.parent for place in places for depth in ("*", "*/*") for f in place.glob(f"{depth}/run.json")]
+    inside += [f.parent for f in path.absolute().parent.glob("*/run.json")]
     found = [str(p) for p in [*above, *inside] if is_run(p)]
     close = [*above[:1], *difflib.get_close_matches(str(path.absolute()), found, n=5, cutoff=0.0)]
     if not close:

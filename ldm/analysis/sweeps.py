@@ -29,7 +29,7 @@ def plot_sweep_parallel(sweep: Sweep, metric: str | None = None) -> Figure:
     >>> plot_sweep_parallel("outputs/quickstart-sweep-642aed")
     """
     results, metric = _read(sweep, metric)
-    axes_names = _swept(results)
+    axes_names = swept(results)
     value = _values(results, metric)
     known = value[value.notna()]
     places = [_places(results[name]) for name in axes_names] + [_places(known, levels=0)]
@@ -37,8 +37,9 @@ def plot_sweep_parallel(sweep: Sweep, metric: str | None = None) -> Figure:
     axes = figure.add_subplot()
     colour = ScalarMappable(Normalize(known.min(), known.max()), SEEN_ON_BOTH)
     spread = (value.rank(method="first").fillna(0) / max(len(value), 1) - 0.5) * SPREAD  # or arms would lie on others
+    few = [results[name].nunique() <= LEVELS for name in axes_names]
     for arm in results.index:
-        heights = [place[arm] + spread[arm] for place, _ in places[:-1]]
+        heights = [place[arm] + spread[arm] * some for (place, _), some in zip(places[:-1], few, strict=True)]
         if arm in known.index:
             axes.plot([*heights, places[-1][0][arm]], color=colour.to_rgba(known[arm]), alpha=0.85, label=f"_{arm}")
         else:
@@ -93,7 +94,7 @@ def importance(sweep: Sweep, metric: str | None = None) -> pd.DataFrame:
     results, metric = _read(sweep, metric)
     values = _values(results, metric).dropna()
     rows = results.loc[values.index]
-    axes = {name: _levels(rows[name]) for name in _swept(rows)}
+    axes = {name: _levels(rows[name]) for name in swept(rows)}
     y = values.to_numpy() - values.mean()
     total = float((y**2).sum())
     sizes = {name: int(codes.max()) + 1 for name, codes in axes.items()}
@@ -125,6 +126,11 @@ def plot_importance(sweep: Sweep, metric: str | None = None) -> Figure:
     return figure
 
 
+def swept(results: pd.DataFrame) -> list[str]:
+    """The keys, seed among them, that were not the same in all arms."""
+    return [name for name in keys_of(results) if results[name].nunique(dropna=False) > 1]
+
+
 def _read(sweep: Sweep, metric: str | None) -> tuple[pd.DataFrame, str]:
     results = sweep if isinstance(sweep, pd.DataFrame) else read_results(sweep)
     known = metrics_of(results)
@@ -132,13 +138,9 @@ def _read(sweep: Sweep, metric: str | None) -> tuple[pd.DataFrame, str]:
     if metric is None or metric not in known or _values(results, metric).dropna().empty:
         said = f"{metric} has no value in any arm" if metric in known else f"{metric} is not among its metrics"
         raise ConfigError(f"the sweep cannot be drawn: {said}.{nearest(str(metric), known)}")
-    if not _swept(results):
+    if not swept(results):
         raise ConfigError("the sweep cannot be drawn: all of its arms were given the same.")
     return results, metric
-
-
-def _swept(results: pd.DataFrame) -> list[str]:
-    return [name for name in keys_of(results) if results[name].nunique(dropna=False) > 1]
 
 
 def _values(results: pd.DataFrame, metric: str) -> pd.Series:

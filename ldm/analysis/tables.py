@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldm.analysis.logged import Logged, Scalars, scores_of
+from ldm.analysis.logged import Logged, Scalars, is_number, scores_of
 from ldm.analysis.run import Run, nearby
 from ldm.analysis.sources import Source, as_run, find
 from ldm.errors import ConfigError
@@ -131,7 +131,7 @@ def _nearby(pattern: str | Path) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if is_number(value) else 0.0
 
 
 def _row(run: Logged, choices: Scalars) -> Scalars:

@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ldm.analysis.logged import Logged, Scalars
+from ldm.analysis.logged import Logged, Scalars, is_number
 from ldm.errors import ConfigError
+from ldm.untrusted import readable
 
 SCHEME = "wandb://"
 SCORES = "evaluation/"  # names in W&B's summary that task=evaluate has written
 BLOCK, HEAD, LARGEST = 2**15, 7, 2**26  # bytes: of a block of the log, before each piece, and of a record at most
 WHOLE, FIRST, _, LAST = KINDS = (1, 2, 3, 4)  # kinds of pieces
+UNSAID = ("epoch", "trainer/global_step")  # in W&B's rows, and no scalars of ours
 STATES = {"failed": "stopped", "crashed": "stopped", "killed": "stopped"}  # W&B's names of what we name otherwise
 
 
@@ -70,13 +72,14 @@ class WandbRun(Logged):
         return {"metrics": metrics} if metrics else {}
 
     def _history(self) -> Iterable[Scalars]:
-        raise NotImplementedError
+        """Rows as W&B has them."""
+        raise NotImplementedError(f"{type(self).__name__} must say where its history is.")
 
     def _records(self) -> Iterable[Scalars]:
         for row in self._history():
             record = _scalars(row)
             if record:
-                yield {"step": row.get("trainer/global_step"), "time": row.get("_timestamp"), **record}
+                yield {"step": _step(row), "time": row.get("_timestamp"), **record}
 
 
 class OnlineRun(WandbRun):
@@ -84,8 +87,8 @@ class OnlineRun(WandbRun):
 
     def __init__(self, run: Any):
         summary = dict(run.summary)
-        step, when = summary.get("trainer/global_step", 0), summary.get("_timestamp", 0.0)
-        status = {"state": STATES.get(run.state, run.state), "step": step, "time": when}
+        state = STATES.get(run.state, run.state)
+        status = {"state": state, "step": _step(summary) or 0, "time": summary.get("_timestamp", 0.0)}
         super().__init__(SCHEME + "/".join(run.path), run.name, dict(run.config), status, summary)
         self._run = run
 
@@ -129,9 +132,9 @@ class OfflineRun(WandbRun):
         known: Scalars = {"name": folder.name, "config": {}, "summary": {}, "state": "running"}
         for log in logs:
             self._add(log, known)
-        steps = [r["trainer/global_step"] for r in self._lines if isinstance(r.get("trainer/global_step"), int)]
-        when = max((r["_timestamp"] for r in self._lines if "_timestamp" in r), default=0.0)
-        status = {"state": known["state"], "step": max(steps, default=0), "time": when}
+        step = max((_step(row) or 0 for row in self._lines), default=0)
+        when = max((row["_timestamp"] for row in self._lines if is_number(row.get("_timestamp"))), default=0.0)
+        status = {"state": known["state"], "step": step, "time": when}
         super().__init__(str(folder), known["name"], known["config"], status, known["summary"])
 
     def _add(self, log: Path, known: Scalars) -> None:
@@ -149,10 +152,8 @@ class OfflineRun(WandbRun):
                 known["summary"].update(_items(record.summary.update))
             elif kind == "exit":
                 known["state"] = "stopped" if record.exit.exit_code else "finished"
-        begun = [r["trainer/global_step"] for r in lines if isinstance(r.get("trainer/global_step"), int)]
-        if begun:
-            self._lines = [r for r in self._lines if r.get("trainer/global_step", 0) < begun[0]]
-        self._lines += lines
+        begun = next((step for row in lines if (step := _step(row)) is not None), math.inf)
+        self._lines = [row for row in self._lines if (_step(row) or 0) < begun] + lines
 
     def _history(self) -> list[Scalars]:
         return self._lines
@@ -197,25 +198,28 @@ def _asked(path: str, ask: Any) -> Any:
 
 def _scalars(row: Scalars) -> Scalars:
     """The scalars in a row of W&B's, and the images seen; null for what is no finite number, as in metrics.jsonl."""
-    numbers = {k: _number(v) for k, v in row.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
-    unsaid = ("epoch", "trainer/global_step")
-    found = {k: v for k, v in numbers.items() if not k.startswith("_") and k not in unsaid and v != ""}
+    found: Scalars = {}
+    for key, value in row.items():
+        if key.startswith("_") or key in UNSAID or isinstance(value, bool):
+            continue
+        if is_number(value):
+            found[key] = value
+        elif isinstance(value, float) or value in ("NaN", "Infinity", "-Infinity"):  # as W&B's server spells them
+            found[key] = None
     return found if set(found) - {"images"} else {}
 
 
-def _number(value: Any) -> Any:
-    """ "" for texts, but for those in which W&B's server spells what JSON has no numbers for."""
-    if isinstance(value, str):
-        return None if value in ("NaN", "Infinity", "-Infinity") else ""
-    return value if math.isfinite(value) else None
+def _step(row: Scalars) -> int | None:
+    step = row.get("trainer/global_step")
+    return step if type(step) is int else None
 
 
 def _pictures(row: Scalars) -> Iterator[tuple[int, str, str, str]]:
     """(step, key, file, caption) of the pictures in a row: the first of each key, we log no other."""
-    step = row.get("trainer/global_step")
+    step = _step(row)
     for key, value in row.items():
         files, captions = (value.get(k) if isinstance(value, dict) else None for k in ("filenames", "captions"))
-        if type(step) is int and isinstance(files, list) and files and isinstance(files[0], str):
+        if step is not None and isinstance(files, list) and files and isinstance(files[0], str):
             yield step, key, files[0], str(captions[0]) if isinstance(captions, list) and captions else ""
 
 
@@ -257,7 +261,7 @@ def _wandb_records(path: Path) -> Iterator[Any]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         block = file.read(BLOCK)
         position = HEAD  # of the file: ":W&B", a magic number and a version
         while block:

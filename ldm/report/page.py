@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from ldm.analysis.logged import is_number
+from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
 
 NAME = "report.html"
@@ -91,8 +92,7 @@ def svg(make: Callable[[], Figure], width: float = 4.8, height: float = 3.2) -> 
 
 def _in_ink(figure: Figure) -> None:
     for axes in figure.axes:
-        axes.tick_params(colors=INK, which="both")
-        axes.grid(color=INK, alpha=0.12)
+        axes.tick_params(colors=INK, grid_color=INK, grid_alpha=0.12, which="both")
         for spine in axes.spines.values():
             spine.set_edgecolor(INK)
             spine.set_alpha(0.4)
@@ -137,11 +137,9 @@ def bar(
 
 def write(path: Path, template: str, **values: Any) -> Path:
     """Renders a template into a file, in one rename: a reader never sees half a page."""
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(_templates().get_template(template).render(**values), encoding="utf-8", errors="replace")
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            part.write_text(_templates().get_template(template).render(**values), encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}): give another output=FILE.") from error
     return path
@@ -164,6 +162,6 @@ def number(value: Any) -> str:
     """A number as a table shows it, to four digits; other values as they are."""
     if value is None or (isinstance(value, float) and value != value):
         return "not finite"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not is_number(value):
         return str(value)
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"

@@ -10,12 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ldm.analysis.figures import plot_loss, plot_loss_by_t, plot_throughput, plot_x0_error, throughput
+from ldm.analysis.figures import plain, plot_loss, plot_loss_by_t, plot_throughput, plot_x0_error, throughput
 from ldm.analysis.run import Run, is_run
 from ldm.report import page, scores, words
 from ldm.untrusted import records
 
-SHOWN = 200  # lines of what was left out
+SHOWN, REASONS = 200, 20  # of what was left out: lines, and reasons by number
 SMOOTH = 10  # logged points on either side
 BY_TIME = "Loss by time"
 KEYS = {  # pictures of a run, in the order of the page
@@ -59,7 +59,7 @@ def write_run(path: Path, target: Path | None = None) -> Path:
         missing=embed.missing,
         left_out=lines[:SHOWN],
         left_out_count=len(lines),
-        reasons=Counter(str(r.get("reason", "no reason given")) for r in lines).most_common(),
+        reasons=Counter(str(r.get("reason", "no reason given")) for r in lines).most_common(REASONS),
         commands=words.commands(run, path),
         config=(run.path / "config.yaml").read_text(encoding="utf-8", errors="replace"),
         scalars=list(run.scalars().items()),
@@ -74,29 +74,31 @@ def figures(run: Run, autoencoder: Run | None = None) -> list[dict[str, Any]]:
         seen += " Dots are the validation loss with one standard error, on the same images and noise every time."
     bright = "Dark early in training, bright late"
     asked: list[tuple[str, Callable[[], Figure], str]] = [
-        ("Loss", partial(plot_loss, run, SMOOTH), seen),
-        ("Error of the jump to x0", partial(plot_x0_error, run), f"{bright}; by noise level, in validation."),
-        (BY_TIME, partial(plot_loss_by_t, run), f"{bright}; t = 0 is data, t = 1 noise."),
-        ("Throughput", partial(plot_throughput, run), "Dots are training alone, the line is with all it waited for."),
+        ("Loss", partial(_bare, plot_loss, run, SMOOTH), seen),
+        ("Error of the jump to x0", partial(_bare, plot_x0_error, run), f"{bright}; by noise level, in validation."),
+        (BY_TIME, partial(_bare, plot_loss_by_t, run), f"{bright}; t = 0 is data, t = 1 noise."),
+        (
+            "Throughput",
+            partial(_bare, plot_throughput, run),
+            "Dots: training alone. Line: with all that it waited for.",
+        ),
     ]
     if autoencoder is not None:
-        asked.append(("Loss of the autoencoder", partial(plot_loss, autoencoder, SMOOTH), "The first stage, as above."))
-    drawn = [
-        (title, page.svg(partial(_bare, make), 9.9 if title == BY_TIME else 4.8), text) for title, make, text in asked
-    ]
+        first = partial(_bare, plot_loss, autoencoder, SMOOTH)
+        asked.append(("Loss of the autoencoder", first, "The first stage, as above."))
+    drawn = [(title, page.svg(make, 9.9 if title == BY_TIME else 4.8), text) for title, make, text in asked]
     return [{"title": t, "svg": s, "text": text, "wide": t == BY_TIME} for t, s, text in drawn if s is not None]
 
 
-def _bare(make: Callable[[], Figure]) -> Figure:
+def _bare(plot: Callable[..., Figure], run: Run, *arguments: int) -> Figure:
     """Without the run's name in the legend: the page is this run's."""
-    figure = make()
+    figure, name = plot(run, *arguments), plain(run.name)
     for axes in figure.axes:
         if axes.get_legend() is None:
             continue
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles, [label.rpartition(", ")[2] for label in labels])
-        if len(labels) == 1 and axes.get_xlabel() != "sigma / alpha":
-            axes.get_legend().remove()  # type: ignore[union-attr]
+        legend = axes.legend(handles, [label.removeprefix(f"{name}, ") for label in labels])
+        legend.set_visible(labels != [name])
     return figure
 
 

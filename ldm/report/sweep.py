@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,13 @@ from matplotlib.figure import Figure
 
 from ldm.analysis.figures import plain, plot_loss
 from ldm.analysis.logged import AROUND
-from ldm.analysis.replicates import default_metric, keys_of, metrics_of, read_results, settings
+from ldm.analysis.replicates import default_metric, metrics_of, read_results, settings
 from ldm.analysis.run import Run, is_run
-from ldm.analysis.sweeps import plot_differences, plot_importance, plot_sweep_parallel
+from ldm.analysis.sweeps import plot_differences, plot_importance, plot_sweep_parallel, swept
 from ldm.report import page, words
 
 MOST_CURVES, MOST_PICTURES, MOST_METRICS = 10, 24, 12  # of a page
+MOST_SETTINGS = 60  # beyond which there is one table, folded
 LOSSES = "One seed of each setting. Losses compare only where scheduler, parameterization and weighting are the same."
 PARALLEL = "A line an arm through what it was given; grey and dashed: without a value."
 DIFFERENCES = "Paired by seed, with 95 % intervals that hold together; a full dot leaves out 0."
@@ -33,36 +35,32 @@ def write_sweep(path: Path, target: Path | None = None, metric: str | None = Non
     """
     results = read_results(path)
     metric = metric if metric in metrics_of(results) else default_metric(results)
-    arms = results.copy().assign(run=[path / Path(d).name for d in results["directory"]])
-    others = [m for m in _scores(results) if m != metric][:MOST_METRICS]
-    embed = page.Pictures()
-    one_each = _first_seed(arms)
+    arms = [
+        {**row, "run": path / Path(row["directory"]).name, "given": _given(results, row)}
+        for row in results.to_dict("records")
+    ]
+    table = _table(results, metric) if metric else []
+    others = [m for m in _scores(results) if m != metric][:MOST_METRICS] if len(table) <= MOST_SETTINGS else []
+    one_each = _first_seed(results, arms)
     return page.write(
         target or path / page.NAME,
         "sweep.html",
         name=path.resolve().name,
         introduction=_introduction(results),
         metric=metric or "",
-        table=_table(results, metric) if metric else [],
+        table=table,
+        folded=len(table) > MOST_SETTINGS,
         others=[(other, _table(results, other)) for other in others],
-        figures=_figures(results, metric, one_each) if metric else [],
-        pictures=_pictures(embed, one_each),
-        failed=[
-            {"given": _given(arms, row), "state": row["state"], "message": row["message"]}
-            for row in arms.to_dict("records")
-            if row["state"] != "finished"
-        ],
-        arms=[
-            {"given": _given(arms, row), "state": row["state"], "link": _link(row["run"], path, target)}
-            for row in arms.to_dict("records")
-        ],
-        command=f"python -m ldm.run task=report checkpoint={path}",
+        figures=_figures(results, metric, one_each, len(table)) if metric else [],
+        pictures=_pictures(page.Pictures(), one_each),
+        failed=[arm for arm in arms if arm["state"] != "finished"],
+        arms=[{**arm, "link": _link(arm["run"], target)} for arm in arms],
+        command=f"python -m ldm.run task=report {shlex.quote(f'checkpoint={path}')}",
     )
 
 
 def _introduction(results: pd.DataFrame) -> str:
-    swept = _swept(results)
-    axes = [f"{name} ({results[name].nunique(dropna=False)})" for name in swept if name != "seed"]
+    axes = [f"{name} ({results[name].nunique(dropna=False)})" for name in swept(results) if name != "seed"]
     seeds = results["seed"].nunique() if "seed" in results else 1
     states = [f"{count} {state}" for state, count in results["state"].value_counts().items()]
     over = f" over {words.listed(axes)}" if axes else ""
@@ -80,7 +78,7 @@ def _table(results: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     rows = []
     for row in table:
         change = [float(row[f"difference{k}"]) for k in ("", "/low", "/high")]
-        known = math.isfinite(row["mean"])
+        known, compared = math.isfinite(row["mean"]), math.isfinite(change[0]) and not row["baseline"]
         spread = f"{page.number(row['low'])} to {page.number(row['high'])}" if math.isfinite(row["low"]) else ""
         rows.append(
             {
@@ -89,9 +87,7 @@ def _table(results: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
                 "drawn": page.bar(row["mean"], row["low"], row["high"], values) if known else "",
                 "said": ", ".join(filter(None, [spread, _of(row)])),
                 "change": _changed(row, change),
-                "change_drawn": page.bar(change[0], change[1], change[2], changes, 0.0)
-                if known and not row["baseline"]
-                else "",
+                "change_drawn": page.bar(change[0], change[1], change[2], changes, 0.0) if compared else "",
                 "distinct": bool(row["distinct"]),
             }
         )
@@ -112,14 +108,15 @@ def _changed(row: dict[Any, Any], change: list[float]) -> str:
     return f"{change[0]:+.3g}{interval}"
 
 
-def _figures(results: pd.DataFrame, metric: str, one_each: list[tuple[str, Run]]) -> list[dict[str, Any]]:
-    settings_drawn = 1.3 + 0.3 * len(settings(results, metric))
+def _figures(results: pd.DataFrame, metric: str, one_each: list[tuple[str, Run]], count: int) -> list[dict[str, Any]]:
     asked: list[tuple[str, Callable[[], Figure], str, float]] = [
         ("Loss", partial(_losses, one_each[:MOST_CURVES]), LOSSES, 4.2),
         ("Every arm", partial(plot_sweep_parallel, results, metric), PARALLEL, 3.8),
-        ("Differences", partial(plot_differences, results, metric), DIFFERENCES, settings_drawn),
+        ("Differences", partial(plot_differences, results, metric), DIFFERENCES, 1.3 + 0.3 * count),
         ("What mattered", partial(plot_importance, results, metric), IMPORTANCE, 2.6),
     ]
+    if count > MOST_SETTINGS:
+        del asked[2]
     drawn = [(title, page.svg(make, 9.9, height), text) for title, make, text, height in asked]
     return [{"title": t, "svg": s, "text": text, "wide": True} for t, s, text in drawn if s is not None]
 
@@ -135,13 +132,12 @@ def _losses(named: list[tuple[str, Run]]) -> Figure:
     return figure
 
 
-def _first_seed(arms: pd.DataFrame) -> list[tuple[str, Run]]:
+def _first_seed(results: pd.DataFrame, arms: list[dict[Any, Any]]) -> list[tuple[str, Run]]:
     """(setting, run) of one arm of each setting: of the first seed, so that pictures share prompts and noise."""
     found: dict[str, Run] = {}
-    first = arms["seed"].iloc[0] if "seed" in arms and len(arms) else None
-    for row in arms.to_dict("records"):
-        if is_run(row["run"]) and (first is None or row["seed"] == first):
-            found.setdefault(_given(arms, row, without=("seed",)), Run(row["run"]))
+    for arm in arms:
+        if is_run(arm["run"]) and arm.get("seed") == arms[0].get("seed"):
+            found.setdefault(_given(results, arm, without=("seed",)), Run(arm["run"]))
     return list(found.items())
 
 
@@ -157,22 +153,20 @@ def _pictures(embed: page.Pictures, one_each: list[tuple[str, Run]]) -> list[pag
 
 
 def _scores(results: pd.DataFrame) -> list[str]:
-    """Metrics to compare by: not the losses by time, nor the ends of intervals."""
+    """Metrics to compare by, the autoencoder's last: not the losses by time, nor what says something of others."""
     names = [m for m in metrics_of(results) if results[m].notna().any() and not m.startswith("train/")]
-    return [m for m in names if "_by_t/" not in m and m.rsplit("/", 1)[-1] not in AROUND]
+    names = [m for m in names if "_by_t/" not in m and m.rsplit("/", 1)[-1] not in AROUND]
+    names = [m for m in names if not m.endswith(("_standard_error", "gaussian_loss"))]
+    return sorted(names, key=lambda m: m.startswith("autoencoder/"))
 
 
-def _swept(results: pd.DataFrame) -> list[str]:
-    return [k for k in keys_of(results) if results[k].nunique(dropna=False) > 1]
-
-
-def _given(arms: pd.DataFrame, row: dict[Any, Any], without: Sequence[str] = ()) -> str:
+def _given(results: pd.DataFrame, row: dict[Any, Any], without: Sequence[str] = ()) -> str:
     """What an arm was given that others were not."""
-    given = [f"{k}={row[k]}" for k in _swept(arms[arms.columns[:-1]]) if k not in without and row[k] != ""]
+    given = [f"{k}={row[k]}" for k in swept(results) if k not in without and row[k] != ""]
     return " ".join(given) or "as it is"
 
 
-def _link(run: Path, sweep: Path, target: Path | None) -> str:
+def _link(run: Path, target: Path | None) -> str:
     """A relative link to an arm's own page; "" where there is none, or this page lies elsewhere."""
     return f"{quote(run.name)}/{page.NAME}" if target is None and (run / page.NAME).is_file() else ""
 

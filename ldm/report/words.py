@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ldm.analysis.figures import events_of
+from ldm.analysis.logged import is_number
 from ldm.analysis.run import Run
 from ldm.errors import ConfigError
 from ldm.formats.files import safetensors_header
@@ -102,17 +105,14 @@ def course(run: Run) -> list[str]:
 
 def training_seconds(run: Run) -> float:
     """From each start to its stop, or to the last record before the next start."""
-    times = [
-        (e["time"], e.get("event")) for e in run.events.to_dict("records") if isinstance(e.get("time"), int | float)
-    ]
-    records = [t for t in run.metrics["time"] if isinstance(t, int | float) and t == t]
+    records = [t for t in run.metrics["time"] if is_number(t)]
     total, begun = 0.0, None
-    for time, event in [*times, (float("inf"), "start")]:
+    for time, event in [*events_of(run), (math.inf, "start")]:
         if event in ("start", "resume"):
             if begun is not None:  # killed, or still running
                 total += max([t - begun for t in records if begun <= t < time], default=0.0)
             begun = time
-        elif begun is not None:
+        elif begun is not None and event in ("stop", "finish"):
             total, begun = total + time - begun, None
     return total
 
@@ -154,7 +154,7 @@ def duration(seconds: float) -> str:
 
 def count(number: Any) -> str:
     """1,234; 1.2 million; 860 million; 1.5 billion."""
-    if not isinstance(number, int | float):
+    if not is_number(number):
         return str(number)
     for size, word in ((1e9, "billion"), (1e6, "million")):
         if number >= size:
@@ -174,7 +174,9 @@ def _stage(name: str, made: dict[str, Any]) -> str:
         "evaluate": "scored it",
     }.get(name, "")
     seconds = made.get("seconds")
-    return did + (f" ({duration(seconds)})" if did and isinstance(seconds, int | float) else "")
+    if not did or not is_number(seconds) or seconds < 0.1:  # less: it was there already
+        return did
+    return f"{did} ({duration(seconds)})"
 
 
 def _data(run: Run) -> str:
@@ -189,8 +191,7 @@ def _data(run: Run) -> str:
 
 
 def images_seen(run: Run) -> int:
-    seen = [i for i in run.metrics["images"] if isinstance(i, int | float) and i == i]
-    return int(max(seen, default=0))
+    return int(max((i for i in run.metrics["images"] if is_number(i)), default=0))
 
 
 def _named(node: Any, special: dict[str, str] | None = None) -> str:

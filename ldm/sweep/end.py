@@ -133,7 +133,7 @@ def verdict(table: Any, metric: str, direction: str | None = None) -> str:
     if best["distinct"]:
         return f"{line}; from the baseline, {baseline}: {difference} {within}"
     if not within:
-        return f"{line}; whether it is better than {baseline} takes two seeds or more: seed=0,1,2"
+        return f"{line}; whether it is better than {baseline} takes two seeds that both have: seed=0,1,2"
     return f"{line}; not distinguishable from the baseline, {baseline}: {difference} {within}"
 
 

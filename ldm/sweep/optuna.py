@@ -138,7 +138,7 @@ class Optuna(Random):
         """The points that are done with, and those to be tried once more."""
         known, again = set(), dict[Any, Point]()
         for trial in self._study.trials:
-            if not trial.params:
+            if not trial.params or trial.user_attrs.get("state") == "repeated":
                 continue
             if not trial.state.is_finished():  # of a command that was killed
                 self._study.tell(trial.number, state=_state("FAIL"))
@@ -154,8 +154,8 @@ class Optuna(Random):
             trial = self._study.ask(self._distributions)
             if _key(trial.params) not in known:
                 return trial
-            self._study.tell(trial, state=_state("FAIL"))
             trial.set_user_attr("state", "repeated")
+            self._study.tell(trial, state=_state("FAIL"))
         while _key(point := self._space.draw(self._rng)) in known:
             pass
         self._study.enqueue_trial(point)

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ldm.build import build
 from ldm.errors import ConfigError
-from ldm.sweep.arms import Arm, rows_of
+from ldm.sweep.arms import TABLE, Arm, rows_of
 from ldm.sweep.child import BASIC
 from ldm.sweep.search import Grid, Row, Search
 from ldm.sweep.space import Space, intervals
@@ -48,7 +48,12 @@ class Sweeps(BasicSweeper):
             )
         space = Space.of(overrides)
         self.search.check(self.metric)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / TABLE).open("a").close()
+        except OSError as error:
+            reason = f"{self.folder} cannot be written ({error.strerror})"
+            raise ConfigError(f"{reason}: give another name= or outputs= folder.") from None
         self._launched = len(rows_of(self.folder)) if self.search.grows else 0
         if isinstance(self.search, Grid):
             return super().sweep(arguments)

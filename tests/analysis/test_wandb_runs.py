@@ -1,5 +1,6 @@
 """Runs out of W&B's files and from its server: the frames are those of the run directory."""
 
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from written_runs import MakeRun
 
 from ldm.analysis import Run, WandbRun, compare, diff, plot_loss, runs
 from ldm.errors import ConfigError
+from ldm.training.run.logging import RunLogger
 
 HEADER = b":W&B\xe1\xbe\x00"
 
@@ -105,6 +107,10 @@ class Server:
 
     def made(self, run: Run) -> SimpleNamespace:
         rows = [{"trainer/global_step": r.pop("step"), "_timestamp": r.pop("time"), **r} for r in run._records()]
+        rows += [
+            {"trainer/global_step": p.step, p.key: {"filenames": [f"images/{p.path.name}"], "captions": [p.caption]}}
+            for p in run.pictures().itertuples()
+        ]
         rows = [{**r, "epoch": 0, "_step": i, "system": "text"} for i, r in enumerate(rows)]
         summary = {k: v for row in rows for k, v in row.items()} | {
             "evaluation/seen/all": 0.5,
@@ -118,7 +124,12 @@ class Server:
             config={**run.config, "run": about},
             summary=summary,
             scan_history=lambda: iter(rows),
+            file=lambda name: SimpleNamespace(download=lambda root, replace: self.sent(run.path / name, Path(root))),
         )
+
+    @staticmethod
+    def sent(file: Path, root: Path) -> Any:
+        return Path(shutil.copy(file, root)).open()
 
     def run(self, path: str) -> Any:
         return self.known[path]
@@ -131,6 +142,7 @@ class Server:
 
 def test_the_server_gives_what_the_directories_give(make: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     both = [make("a"), make("b", {"seed": 1}, step=5)]
+    RunLogger(both[1].path).log_picture("samples", Image.new("RGB", (3, 3), "red"), 5, "a red square")
     monkeypatch.setattr("wandb.Api", lambda: Server(*both))
     table = runs("wandb://e/p").set_index("name")
     local = runs(both[0].path.parent / "*").set_index("name")
@@ -140,6 +152,8 @@ def test_the_server_gives_what_the_directories_give(make: MakeRun, monkeypatch: 
     assert run.metrics.equals(both[1].metrics) and run.config == both[1].config and run.about == {"digest": "b"}
     assert run.scores["score"].tolist() == ["seen/all"] and compare("wandb://e/p/a", both[0]).empty
     assert len(runs("wandb://e/p/b")) == 1
+    assert run.pictures()["caption"].tolist() == ["a red square"]
+    assert run.picture("samples").getpixel((1, 1)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("address", ["wandb://e", "wandb://e/", "wandb://e/p/x", "wandb://e/none", "wandb://"])

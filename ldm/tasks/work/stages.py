@@ -21,7 +21,7 @@ from ldm.data.shards.splits import open_split
 from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
 from ldm.launch import is_first
-from ldm.sweep.measured import check_optimized, of_evaluation, of_training
+from ldm.sweep.measured import check_optimized, check_pruned, of_evaluation, of_training
 from ldm.tasks.work.encode import encode_shards
 from ldm.tasks.work.evaluate import built_metrics, evaluate_run
 from ldm.tasks.work.prepare import prepare_shards
@@ -171,6 +171,8 @@ class Stages:
             check(configured)
             if stage in ("autoencoder", "diffusion"):  # refused now, not after hours
                 built_arguments(plain(configured))
+            if stage == ("autoencoder" if self.is_autoencoder else "diffusion"):
+                check_pruned(plain(configured))
             if stage == "evaluate":
                 built_metrics(plain(configured)["metric"])
         check_builds(plain(self.configured(self.stages[-1])))
