@@ -17,7 +17,7 @@ What a file sets is a key too: `group.key=value`.
 def options() -> str:
     """The text of options.md."""
     lines = [HEAD]
-    for group in sorted(p for p in CONF.iterdir() if p.is_dir() and p.name != "local"):
+    for group in sorted(p for p in CONF.iterdir() if p.is_dir() and p.name not in ("local", "hydra")):
         lines += [f"## {group.name}", "", "| option | is |", "|---|---|"]
         lines += [f"| `{p.stem}` | {said_of(p).replace('|', chr(92) + '|')} |" for p in sorted(group.glob("*.yaml"))]
         lines.append("")

@@ -67,6 +67,7 @@ def expect_srun() -> None:
 class OtherProcess(Exception):
     """Another process of this job ended it; its log has the reason, this one has its line."""
 
-    def __init__(self, line: str, exit_code: int, told_here: bool):
+    def __init__(self, line: str, exit_code: int, told_here: bool, ends_sweep: bool = False):
         super().__init__(line)
         self.exit_code, self.told_here = exit_code, told_here  # told_here: it stands in this host's log already
+        self.ends_sweep = ends_sweep  # every other arm would end so too

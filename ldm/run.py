@@ -18,12 +18,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.config.choices import drop_leftovers, said_in_words
+from ldm.config.choices import said_in_words
 from ldm.config.root import conf_dir, digest
-from ldm.config.schema import check_keys_are_read, look_in, problems, register, schema, task_class, tasks
-from ldm.errors import ConfigError, Ended
+from ldm.config.schema import look_in, register, schema, tasks
+from ldm.errors import ConfigError, Ended, SweepError
 from ldm.launch import OtherProcess, is_first, launch
-from ldm.sweep.arms import FAILED, Arm, run_arm
+from ldm.sweep import plugins
+from ldm.sweep.arms import FAILED, Arm, ready, run_arm
+from ldm.sweep.child import Child, apart
 from ldm.text.reading import NotText, checked
 
 FREE_TEXT = ("adapter.textual_inversion.placeholder", "adapter.textual_inversion.initial_text")  # below the root
@@ -67,7 +69,12 @@ def run(arguments: Sequence[str]) -> int:
         overrides, flags = _parsed(arguments)
         register(*_folders(flags))
         _check_trainer(arguments)
+        searched = [a for a in overrides if not multirun and a.startswith(("sweep=", "sweep."))]
+        if searched:
+            raise ConfigError(f"{searched[0]} is of sweeps, and this is one run: python -m ldm.run -m ... sweeps.")
         typed = [quoted(said_in_words(a), multirun) for a in _in_one_piece(arguments, overrides)]
+        if multirun:
+            plugins.register()
         _hydra(job, named_sweep(typed) if multirun else typed)
 
     return guarded(compose).code
@@ -75,11 +82,12 @@ def run(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Ending:
-    """How something ended: exit code, the line that was printed, and whether it would end so another time."""
+    """How something ended: exit code, the line that was printed, whether it would end so again, and in every arm."""
 
     code: int
     line: str = ""
     final: bool = True
+    ends_sweep: bool = False
 
 
 def guarded(act: Callable[[], None]) -> Ending:
@@ -107,7 +115,7 @@ def job(config: DictConfig) -> float | None:
     os.environ.setdefault("WANDB_SILENT", "true")
     arm = Arm.current()
     if arm is not None:
-        return run_arm(arm, lambda: _perform(config, arm), config.optimized_metric)
+        return run_arm(arm, lambda: _perform(config, arm), config)
     try:
         _perform(config, None)
     except Exception as error:
@@ -116,23 +124,11 @@ def job(config: DictConfig) -> float | None:
 
 
 def _perform(config: DictConfig, arm: Arm | None) -> dict[str, float]:
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra = HydraConfig.get()
-    choices, overrides, task = hydra.runtime.choices, list(hydra.overrides.task), str(hydra.runtime.choices["task"])
-    look_in(*(Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"))  # a launcher's process too
-    named = () if arm is None else ("name",)  # of the sweep, whatever its arms do
-    check_keys_are_read(task, [o for o in overrides if o.partition("=")[0] not in named])
-    kind = task_class(task, config.task._target_)
+    kind = ready(config, arm)
     if not (kind.in_every_process or is_first()):
         return {}
-    drop_leftovers(config, overrides)
-    wrong = problems(config, task)  # type: ignore[arg-type]
-    if wrong:
-        raise ConfigError(" ".join(wrong))
-    config.experiment = choices.get("experiment") or task
-    if arm is not None and kind.own_folder:  # into one folder they would write over each other
-        config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)
+    if arm is not None and apart():
+        return Child(arm, config).numbers()
     return kind.run(config)
 
 
@@ -223,7 +219,8 @@ def named_sweep(arguments: Sequence[str]) -> list[str]:
     ours = [o for o in parsed if not o.is_hydra_override()]
     fixed = {o.get_key_element(): o for o in ours if not o.is_sweep_override()}
     spaces = [o for o in parsed if o.key_or_group.startswith("hydra.sweeper.params")]
-    changes = sorted(str(o.input_line) for o in (*ours, *spaces) if o.key_or_group not in ("name", "outputs"))
+    told = ("name", "outputs", "sweep")  # where, and how many of the arms
+    changes = sorted(str(o.input_line) for o in (*ours, *spaces) if o.key_or_group.split(".")[0] not in told)
     name = str((fixed["name"].value() if "name" in fixed else None) or "")
     experiment = fixed["experiment"].value() if "experiment" in fixed else "sweep"
     name = name or f"{experiment}-sweep-{digest(changes, 6)}"
@@ -291,7 +288,7 @@ def _report(error: BaseException) -> Ending:
         line = f"error: {explained}"
     if _speaks(error):
         print(line, file=sys.stderr)
-    return Ending(code, line, final)
+    return Ending(code, line, final, isinstance(error, SweepError))
 
 
 def _speaks(error: BaseException) -> bool:

@@ -62,9 +62,11 @@ ONLY_IN = {  # third party -> rooms that may import it
     "webdataset": ("ldm.data",),
     "transformers": ("ldm.text", "ldm.training.run", "ldm.features"),
     "torchmetrics": ("ldm.metrics", "ldm.tasks"),
-    "wandb": ("ldm.training.run.wandb_mirror",),
-    "pandas": ("ldm.analysis", "ldm.data", "ldm.tasks.work.lengths"),
+    "wandb": ("ldm.training.run.wandb_mirror", "ldm.analysis.wandb_runs"),
+    "pandas": ("ldm.analysis", "ldm.report.sweep", "ldm.data", "ldm.tasks.work.lengths"),
+    "jinja2": ("ldm.report",),
     "huggingface_hub": ("ldm.formats",),
+    "optuna": ("ldm.training.callbacks.pruning",),
     "diffusers": (),
     "torchvision": (),
 }

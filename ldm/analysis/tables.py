@@ -2,57 +2,65 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
-from collections.abc import Iterable
+import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ldm.analysis.run import Run, is_run, nearby
+from ldm.analysis.logged import Logged, Scalars, is_number, scores_of
+from ldm.analysis.run import Run, nearby
+from ldm.analysis.sources import Source, as_run, find
 from ldm.errors import ConfigError
-
-Scalars = dict[str, Any]
 
 
 def runs(pattern: str | Path = "outputs/*") -> pd.DataFrame:
     """One row a run: path, name, experiment, state, step, seed, the choices that differ, last metrics and scores.
 
-    A sweep's folder stands for its arms; arms that left no run (refused, failed) have their reason as message.
+    A sweep's folder stands for its arms; arms that left no run (refused, failed) have their reason as message, and so
+    have runs that cannot be read. W&B's server and its offline files give the same columns.
 
     >>> runs("outputs/*")[["name", "state", "val/loss"]]
     >>> runs("outputs/quickstart-sweep-642aed")
+    >>> runs("wandb://entity/project")
+    >>> runs("outputs/*/wandb")
     """
-    found, others = _expand(pattern)
-    if not found and not others:
-        raise ConfigError(f"no run at {Path(pattern).absolute()}. {nearby(Path(pattern))}")
-    flats = [_flatten(run.config) for run in found]
+    found = find(pattern)
+    if not found.runs and not found.without_run:
+        raise ConfigError(f"no run at {_absolute(pattern)}. {_nearby(pattern)}")
+    readable: list[tuple[Logged, Scalars]] = []
+    others = list(found.without_run)
+    for run in found.runs:
+        try:
+            readable.append((run, _flatten(run.config)))
+        except ConfigError as error:
+            others.append(({"path": run.path, "name": run.name, "state": "unreadable", "message": str(error)}, {}))
+    flats = [flat for _, flat in readable]
     choices = list(dict.fromkeys([*_differing(flats), *(k for _, given in others for k in given)]))
-    rows = [_row(run, {k: flat[k] for k in choices if k in flat}) for run, flat in zip(found, flats, strict=True)]
+    rows = [_row(run, {k: flat[k] for k in choices if k in flat}) for run, flat in readable]
     table = pd.DataFrame([*rows, *({**given, **row} for row, given in others)])
     first = list(dict.fromkeys(["path", "name", "experiment", "state", "step", "seed", *choices]))
     rest = [c for c in table.columns if c not in (*first, "message")]
     table = table.reindex(columns=[*first, *rest, *(["message"] if others else [])])
-    return table.assign(**{c: pd.to_numeric(table[c]).astype("Int64") for c in ("step", "seed")})
+    return table.assign(**{c: pd.to_numeric(table[c], errors="coerce").astype("Int64") for c in ("step", "seed")})
 
 
 def newest(*patterns: str | Path) -> Run:
-    """The run whose status was written last, under the first of these patterns that has any.
+    """The run directory whose status was written last, under the first of these patterns that has any.
 
     >>> newest("outputs/*", "../outputs/*")
     """
     patterns = patterns or ("outputs/*",)
     for pattern in patterns:
-        found, _ = _expand(pattern)
+        found = [run for run in find(pattern).runs if isinstance(run, Run)]
         if found:
-            return max(found, key=lambda run: run.status.get("time", 0.0))
+            return max(found, key=lambda run: _number(run.status.get("time")))
     where = ", ".join(str(Path(p).absolute()) for p in patterns)
     raise ConfigError(f"no run at {where}: make one with python -m ldm.run experiment=quickstart, or give its path.")
 
 
-def compare(a: Run | str | Path, b: Run | str | Path) -> pd.DataFrame:
+def compare(a: Source, b: Source) -> pd.DataFrame:
     """The configuration keys in which two runs differ, a column a run.
 
     A class stands under its node's key (`scheduler`, not `scheduler._target_`); a nested key that only repeats a key
@@ -60,48 +68,82 @@ def compare(a: Run | str | Path, b: Run | str | Path) -> pd.DataFrame:
 
     >>> compare("outputs/mine", "outputs/other")
     """
-    both = [run if isinstance(run, Run) else Run(run) for run in (a, b)]
-    names = [run.name for run in both] if both[0].name != both[1].name else [str(run.path) for run in both]
+    both = [as_run(run) for run in (a, b)]
     left, right = (_flatten(run.config) for run in both)
     rows = {key: [left.get(key), right.get(key)] for key in _differing([left, right])}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=names, dtype=object).rename_axis("key")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=_names(*both), dtype=object).rename_axis("key")
 
 
-def _expand(pattern: str | Path) -> tuple[list[Run], list[tuple[Scalars, Scalars]]]:
-    """The runs that a pattern names, and (row, given choices) of every arm of its sweeps that left no run."""
-    found: list[Run] = []
-    others: list[tuple[Scalars, Scalars]] = []
-    for path in sorted(map(Path, glob.glob(str(pattern)))):
-        if is_run(path):
-            found.append(Run(path))
-        elif (path / "results.csv").is_file():
-            found += [Run(arm) for arm in sorted(path.iterdir()) if is_run(arm)]
-            others += _without_run(path)
-    return found, others
+def diff(a: Source, b: Source) -> pd.DataFrame:
+    """In what two runs differ, in configuration and results: part, key, a column a run, and b's lead over a.
+
+    part: "configuration" as `compare` has it, "metric" the last values of scalars, "score" those of the evaluation.
+    change: b - a of numbers. low, high: its 95 % interval where both scores have one, by square and add (Newcombe 1998,
+    method 10), as if the two had been measured on draws of their own; they share seeds and prompts, so it is too wide
+    rather than too narrow. What is equal is left out.
+
+    >>> diff("outputs/mine", "outputs/other").query("part == 'score'")
+    """
+    both = [as_run(run) for run in (a, b)]
+    names = _names(*both)
+    columns = ["part", "key", *names, "change", "low", "high"]
+    told = compare(*both)
+    rows = [("configuration", key, *values, *_change(*values)) for key, *values in told.itertuples(name=None)]
+    left, right = (run.scalars() for run in both)
+    for key in dict.fromkeys([*left, *right]):
+        values = (left.get(key), right.get(key))
+        rows += [("metric", key, *values, *_change(*values))] if values[0] != values[1] else []
+    scores = [{score: rest for score, *rest in run.scores.itertuples(index=False, name=None)} for run in both]
+    for key in dict.fromkeys(k for side in scores for k in side):
+        one, other = (side.get(key, [None] * 3) for side in scores)
+        if not _same(one[0], other[0]):
+            rows.append(("score", key, one[0], other[0], *_change(one[0], other[0], one[1:3], other[1:3])))
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype({c: float for c in columns[-3:]})
 
 
-def _without_run(sweep: Path) -> Iterable[tuple[Scalars, Scalars]]:
-    with (sweep / "results.csv").open(newline="", encoding="utf-8") as file:
-        head, *lines = csv.reader(file)
-    arms = [dict(zip(head, line, strict=True)) for line in lines]
-    swept = [k for k in head[: head.index("state")] if len({arm[k] for arm in arms}) > 1]
-    for arm in arms:
-        if arm["state"] != "finished" and not is_run(sweep / Path(arm["directory"]).name):
-            given = {k: arm[k] for k in swept if arm[k]}
-            name = " ".join(f"{k}={v}" for k, v in given.items())
-            known: Scalars = {k: arm[k] for k in ("experiment", "seed", "message") if k in arm}
-            yield {"path": sweep, "name": name, "state": arm["state"], **known}, given
+def _names(a: Logged, b: Logged) -> list[str]:
+    """What tells two runs apart in a table's head."""
+    if a.name != b.name:
+        return [a.name, b.name]
+    return [str(a.path), str(b.path)] if str(a.path) != str(b.path) else ["a", "b"]
 
 
-def _row(run: Run, choices: Scalars) -> Scalars:
+def _change(a: Any, b: Any, of_a: Any = (None, None), of_b: Any = (None, None)) -> tuple[Any, Any, Any]:
+    """b - a of two numbers, and its interval from theirs."""
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b)):
+        return None, None, None
+    ends = [float("nan") if v is None else float(v) for v in (*of_a, *of_b)]
+    low = b - a - math.hypot(b - ends[2], ends[1] - a)
+    return b - a, low, b - a + math.hypot(ends[3] - b, a - ends[0])
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or all(v is None or v != v for v in (a, b))
+
+
+def _absolute(pattern: str | Path) -> str:
+    return str(pattern) if "://" in str(pattern) else str(Path(pattern).absolute())
+
+
+def _nearby(pattern: str | Path) -> str:
+    return "The project has none." if "://" in str(pattern) else nearby(Path(pattern))
+
+
+def _number(value: Any) -> float:
+    return float(value) if is_number(value) else 0.0
+
+
+def _row(run: Logged, choices: Scalars) -> Scalars:
     status, config = run.status, run.config
+    logged, last = run.last()
     about = {"path": run.path, "name": run.name, "experiment": config.get("experiment"), "seed": config.get("seed")}
     # While a run is running its status holds the step that it started from.
-    about |= {"state": status.get("state"), "step": max(status.get("step", 0), max(run.metrics["step"], default=0))}
-    last = {k: v for k, v in run.scalars().items() if "_by_t/" not in k}
-    scores = run.scores.dropna(subset=["low"])
+    about |= {"state": status.get("state"), "step": max(int(_number(status.get("step"))), logged)}
+    last = {k: v for k, v in last.items() if "_by_t/" not in k}
+    scores = {name: value for name, value, low, *_ in scores_of(run.evaluation) if low is not None}
     short = {k: v.rsplit(".", 1)[-1] if isinstance(v, str) and v.startswith("ldm.") else v for k, v in choices.items()}
-    return {**short, **about, **last, **dict(zip(scores["score"], scores["value"], strict=True))}
+    return {**short, **about, **last, **scores}
 
 
 def _flatten(node: Any, key: str = "") -> Scalars:

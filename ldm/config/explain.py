@@ -14,6 +14,7 @@ from ldm.config.schema import group_names, options, schema
 from ldm.errors import ConfigError, nearest
 
 MENU = 20  # names that fit a line
+PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}  # launchers' extras
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_OURS = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -64,6 +65,8 @@ def explain(error: BaseException) -> str | None:
 
 def _missing_option(missing: str, known: list[str]) -> str:
     group, _, option = missing.rpartition("/")
+    if group == "hydra/launcher" and option in PLUGINS:
+        return f"hydra/launcher={option} is not installed: pip install 'ldm[{PLUGINS[option]}]'."
     known = known or list(options(group))
     if not known:
         return f"{group or missing}={option}: there is no group of this name.{nearest(group, group_names())}"

@@ -43,6 +43,7 @@ class Task:
     experiment: Any = group("a recipe: choices of all the groups below")
     debug: Any = group("fast_dev_run, overfit, profile, anomaly")
     local: Any = group("settings of this machine, not in git")
+    sweep: Any = group("how -m chooses its arms")
     outputs: str = key("outputs", "folder of all run directories", holds="path")
 
     own_folder: ClassVar[bool] = False  # output= is a folder, of which each arm of a sweep gets its own

@@ -1,4 +1,4 @@
-"""One of the processes that `launcher` starts: python -m ldm.launched JOB, where the configuration is."""
+"""A process that `launcher` or a sweep starts: python -m ldm.launched JOB, where the configuration is."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from ldm.launch import HANDED, PARENT
 
 
 def main() -> None:
-    """Trains what the job says, and leaves how it ended where the launcher looks: code, line, numbers."""
+    """Does what the job says, and leaves how it ended where whoever started it looks: code, line, numbers."""
     _end_with_parent()
     from omegaconf import OmegaConf
 
-    from ldm.config.schema import look_in
+    from ldm.config.schema import look_in, task_class
     from ldm.run import Ending, guarded
     from ldm.sweep.arms import Arm
-    from ldm.tasks.train import Train
 
     job = json.loads(Path(sys.argv[1]).read_text())
     look_in(*map(Path, job["folders"]))
-    Arm.handed = Arm(Path(job["arm"]["sweep"]), job["arm"]["overrides"], job["arm"]["fixed"]) if job["arm"] else None
+    Arm.handed = Arm(**{**job["arm"], "sweep": Path(job["arm"]["sweep"])}) if job["arm"] else None
     config = OmegaConf.create(job["config"])
     metrics: dict[str, float] = {}
     try:
-        ending = guarded(lambda: metrics.update(Train.run(config)))
+        ending = guarded(lambda: metrics.update(task_class("", config.task._target_).run(config)))
     except BaseException as error:
         traceback.print_exc()
         ending = Ending(1, f"{type(error).__name__}: {error}", final=False)

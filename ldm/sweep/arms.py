@@ -6,32 +6,41 @@ import csv
 import fcntl
 import gc
 import json
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ldm.build import build
+from ldm.config.choices import drop_leftovers
+from ldm.config.keys import Task
 from ldm.config.root import digest
+from ldm.config.schema import check_keys_are_read, look_in, problems, task_class
 from ldm.errors import ConfigError, Ended, NotFinite, SweepError, nearest
-from ldm.launch import OtherProcess, is_first
+from ldm.launch import OtherProcess, is_first, launch
+from ldm.untrusted import records
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
 FAILED = 3  # exit code of a sweep in which an arm failed, as of a run that diverged
+PRUNED = 4  # of an arm's process
 UNKNOWN = "*"  # among metrics' names: something of the user's own measures what cannot be known beforehand
-LOWER_IS_BETTER = ("loss", "error", "distance", "nearest", "kl", "commitment", "seconds")  # words of metrics' names
 
 
 @dataclass
 class Arm:
     """One choice of what a sweep sweeps.
 
-    overrides: the arm's command line, as Hydra composed it. fixed: keys that are the same in every arm.
+    overrides: the arm's command line, as Hydra composed it. fixed: keys that are the same in every arm. number: its
+    place among the arms, and in the table.
     """
 
     handed: ClassVar[Arm | None] = None  # to a process of an arm that composes nothing itself
@@ -39,6 +48,7 @@ class Arm:
     sweep: Path
     overrides: list[str]
     fixed: list[str] = field(default_factory=list)
+    number: int = 0
 
     @property
     def changes(self) -> list[str]:
@@ -53,68 +63,119 @@ class Arm:
     @classmethod
     def current(cls) -> Arm | None:
         """The arm that Hydra runs in this process; None outside a sweep."""
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
         if cls.handed is not None:
             return cls.handed
         if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
             return None
         hydra = HydraConfig.get()
-        return cls(
-            Path(hydra.sweep.dir), list(hydra.overrides.task), list(hydra.job.config.override_dirname.exclude_keys)
-        )
+        fixed = list(hydra.job.config.override_dirname.exclude_keys)
+        typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${seed} is the same in all arms
+        return cls(Path(hydra.sweep.dir), typed, fixed, hydra.job.num)
 
 
-def run_arm(arm: Arm, task: Callable[[], dict[str, float]], optimized: str | None) -> float | None:
+def ready(config: DictConfig, arm: Arm | None) -> type[Task]:
+    """The task of a composed configuration, which is checked, and in a sweep told where and for whom it runs."""
+    hydra = HydraConfig.get()
+    choices, overrides, task = hydra.runtime.choices, list(hydra.overrides.task), str(hydra.runtime.choices["task"])
+    look_in(*(Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"))  # a launcher's process too
+    named = () if arm is None else ("name",)  # of the sweep, whatever its arms do
+    check_keys_are_read(task, [o for o in overrides if o.partition("=")[0] not in named])
+    kind = task_class(task, config.task._target_)
+    drop_leftovers(config, overrides)
+    wrong = problems(config, task)  # type: ignore[arg-type]
+    if wrong:
+        raise ConfigError(" ".join(wrong))
+    config.experiment = choices.get("experiment") or task
+    search, config.sweep = build(config.sweep, "sweep"), None  # of the command; its arms are told what concerns them
+    if arm is None:
+        return kind
+    if kind.own_folder:  # into one folder they would write over each other
+        config.output = str(Path(config.output) / arm.directory.name if config.output else arm.directory)
+    with open_dict(config):
+        if "group" in (config.logger or {}):  # W&B's
+            config.logger.group = config.logger.group or os.environ.get("WANDB_RUN_GROUP") or arm.sweep.name
+            tags = config.logger.tags or [t for t in os.environ.get("WANDB_TAGS", "").split(",") if t]
+            config.logger.tags = [*tags, *(c[:64] for c in arm.changes)]  # W&B takes no longer ones
+        if search is not None:
+            search.watch(config, arm)
+    return kind
+
+
+def run_arm(arm: Arm, task: Callable[[], dict[str, float]], config: DictConfig) -> float | None:
     """Runs an arm and records what became of it; its value for the sweeper, None where it has none.
 
     What is wrong with one arm is a row; Ctrl-C, a scheduler's signal and a SweepError end the sweep.
     """
-    from ldm.training.distributed.processes import another_can_follow
-
+    optimized, add = config.optimized_metric, partial(record, arm, seed=config.seed)
     try:
         metrics = task()
     except SweepError as error:
         raise Ended(error) from None
     except OtherProcess as other:
-        state = {1: "failed", 2: "refused", FAILED: "failed"}.get(other.exit_code, "interrupted")
-        record(arm, state, {}, str(other))
+        line = " ".join(str(other).removeprefix("error: ").removeprefix("stopped: ").split())[:500]
+        if other.ends_sweep:
+            raise Ended(OtherProcess(line, other.exit_code, other.told_here)) from None
+        state = {1: "failed", 2: "refused", FAILED: "failed", PRUNED: "pruned"}.get(other.exit_code, "interrupted")
+        add(state, _last(arm) if state == "pruned" else {}, line)
+        if not other.told_here:
+            print(f"{state}: {' '.join(arm.changes)}: {line}", file=sys.stderr, flush=True)
         return None if state != "interrupted" and another_can_follow() else _end(other)
     except ConfigError as error:
         if isinstance(error, NotFinite):
-            _record_failure(arm, error)
+            _record_failure(arm, error, add)
         else:
-            record(arm, "refused", {}, str(error))
+            add("refused", {}, str(error))
             print(f"refused: {' '.join(arm.changes)}: {error}", file=sys.stderr)
         return None if another_can_follow() else _end(error)
     except Exception as error:
-        if hasattr(error, "exit_code"):  # training.callbacks.saving.Interrupted
-            record(arm, "interrupted", {}, str(error))
+        code = getattr(error, "exit_code", None)  # of training.callbacks.saving.Interrupted
+        if code == PRUNED:
+            add("pruned", _last(arm), str(error))
+            print(f"pruned: {' '.join(arm.changes)}: {error}", file=sys.stderr)
+            return None if another_can_follow() else _end(error)
+        if code is not None:
+            add("interrupted", {}, str(error))
             _end(error)
-        _record_failure(arm, error)
+        _record_failure(arm, error, add)
         return None if another_can_follow() else _end(error)
     except BaseException as stop:
         by = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else "a scheduler's signal"
-        record(arm, "interrupted", {}, f"stopped by {by}")
+        add("interrupted", {}, f"stopped by {by}")
         raise
     finally:
         gc.collect()  # a trainer and its module hold each other, and with them the device's memory
     (arm.directory / TRACEBACK).unlink(missing_ok=True)  # of an earlier time
-    record(arm, "finished", metrics, "")
+    add("finished", metrics, "")
     return _value(arm, metrics, optimized)
+
+
+def another_can_follow() -> bool:
+    """Whether the next arm can run: not after an error inside a group of processes, in which others may still wait."""
+    if launch().world_size == 1:
+        return True
+    from ldm.training.distributed import processes
+
+    return processes.another_can_follow()
+
+
+def _last(arm: Arm) -> dict[str, float]:
+    """The last value of every scalar that an arm has logged."""
+    latest: dict[str, float] = {}
+    for line in records(arm.directory / "metrics.jsonl"):
+        latest.update({k: v for k, v in line.items() if k not in ("step", "time", "images")})
+    return latest
 
 
 def _end(error: Exception) -> NoReturn:
     raise Ended(error) from None
 
 
-def _record_failure(arm: Arm, error: Exception) -> None:
+def _record_failure(arm: Arm, error: Exception, add: Callable[[str, dict[str, float], str], None]) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     arm.directory.mkdir(parents=True, exist_ok=True)
     file = arm.directory / TRACEBACK
     file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    record(arm, "failed", {}, reason)
+    add("failed", {}, reason)
     print(f"failed: {' '.join(arm.changes)}: {reason} (traceback: {file})", file=sys.stderr)
 
 
@@ -135,14 +196,20 @@ def unknown_metric(metric: str, names: Iterable[str], key: str = "optimized_metr
     return f"{key}={metric}: nothing of this name is measured here.{near}{shown}"
 
 
-def record(arm: Arm, state: str, metrics: dict[str, float], message: str) -> None:
+def record(arm: Arm, state: str, metrics: dict[str, float], message: str, seed: Any = None) -> None:
     """Adds an arm's row and writes the table anew; arms that run side by side take turns. A repeated arm replaces."""
     from ldm.training.run.directory import in_json
 
     if not is_first():
         return
     arm.sweep.mkdir(parents=True, exist_ok=True)
-    row: dict[str, Any] = {"overrides": arm.overrides, "directory": str(arm.directory), "state": state}
+    row: dict[str, Any] = {
+        "overrides": arm.overrides,
+        "directory": str(arm.directory),
+        "state": state,
+        "seed": seed,
+        "number": arm.number,
+    }
     row = in_json({**row, "metrics": metrics, "message": message})
     with (arm.sweep / ROWS).open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -150,11 +217,24 @@ def record(arm: Arm, state: str, metrics: dict[str, float], message: str) -> Non
         file.flush()
         file.seek(0)
         rows = {r["directory"]: r for r in map(json.loads, file)}
-        _write_table(arm.sweep / TABLE, list(rows.values()))
+        _write_table(arm.sweep / TABLE, sorted(rows.values(), key=lambda r: r.get("number", 0)))
+
+
+def rows_of(sweep: Path, after: int = 0) -> dict[str, dict[str, Any]]:
+    """directory -> row of every arm of a sweep, those alone that were recorded behind so many bytes of the file."""
+    file = sweep / ROWS
+    if not file.is_file():
+        return {}
+    with file.open("rb") as opened:
+        opened.seek(after)
+        return {r["directory"]: r for r in map(json.loads, opened)}
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     given = [{o.partition("=")[0]: o.partition("=")[2] for o in r["overrides"]} for r in rows]
+    for r, g in zip(rows, given, strict=True):
+        if r.get("seed") is not None:
+            g.setdefault("seed", str(r["seed"]))
     keys = list(dict.fromkeys(k for g in given for k in g))
     metrics = list(dict.fromkeys(k for r in rows for k in r["metrics"]))
     part = path.with_name(path.name + ".part")
@@ -166,43 +246,3 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
             values = [r["metrics"].get(m, "") for m in metrics]
             writer.writerow([*cells, r["state"], *values, r["message"], r["directory"]])
     part.replace(path)
-
-
-class SweepEnd(Callback):
-    """Hydra's hooks around a sweep: says at its end where its table is, which arm is best, and which ones failed."""
-
-    def __init__(self) -> None:
-        self._before = 0  # bytes of the rows of earlier sweeps into the same directory
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        rows = Path(config.hydra.sweep.dir) / ROWS
-        self._before = rows.stat().st_size if rows.is_file() else 0
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        sweep = Path(config.hydra.sweep.dir)
-        if not is_first() or not (sweep / ROWS).is_file():  # another's last row may not be there yet
-            return
-        with (sweep / ROWS).open("rb") as file:
-            file.seek(self._before)
-            rows = {r["directory"]: r for r in map(json.loads, file)}
-        if config.optimized_metric:
-            direction = OmegaConf.select(config, "hydra.sweeper.direction")
-            print(best_arm(list(rows.values()), config.optimized_metric, getattr(direction, "name", direction)))
-        print(f"table: {sweep / TABLE}")
-        failed = sum(r["state"] == "failed" for r in rows.values())
-        if failed:
-            print(f"{failed} of {len(rows)} arms failed, see the table.", file=sys.stderr)
-            raise SystemExit(FAILED)
-        if rows and all(r["state"] == "refused" for r in rows.values()):
-            print(f"all {len(rows)} arms were refused.", file=sys.stderr)
-            raise SystemExit(2)
-
-
-def best_arm(rows: list[dict[str, Any]], metric: str, direction: str | None = None) -> str:
-    """One line; direction: the sweeper's, "minimize" or "maximize"; None goes by the metric's name."""
-    lower = direction == "minimize" if direction else any(w in metric for w in LOWER_IS_BETTER)
-    scored = [r for r in rows if r["metrics"].get(metric) is not None]
-    if not scored:
-        return f"no arm has a value of {metric}"
-    best = (min if lower else max)(scored, key=lambda r: r["metrics"][metric])
-    return f"best arm ({'lowest' if lower else 'highest'} {metric}, {best['metrics'][metric]:.6g}): {best['directory']}"

@@ -30,6 +30,13 @@ def check_kept(values: Mapping[str, Any]) -> None:
         raise ConfigError(unknown_metric(best, names, "callbacks.checkpoints.keep_best"))
 
 
+def check_pruned(values: Mapping[str, Any]) -> None:
+    """SweepError where the arms of a sweep are pruned by a metric, and nothing of this name is logged."""
+    metric = ((values["callbacks"] or {}).get("pruning") or {}).get("metric")
+    if metric and not {metric, UNKNOWN} & (names := of_training(values)):
+        raise SweepError(unknown_metric(metric, names, "sweep.pruned_by"))
+
+
 def of_training(values: Mapping[str, Any]) -> Names:
     """Names of the scalars of one training run, from the module and the callbacks that log them."""
     drawn = values["class_shards"] or values["class_prompt"]

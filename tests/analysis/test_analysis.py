@@ -1,7 +1,6 @@
 """Runs on disk as frames and figures: what a frame says is what the files say, whatever became of the run."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +8,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from written_runs import CONFIG, MakeRun
 
 from ldm.analysis import Run, compare, newest, plot_loss, plot_loss_by_t, plot_x0_error, runs
 from ldm.errors import ConfigError
 from ldm.sweep.arms import Arm, record
 from ldm.training.run.directory import write_json
 from ldm.training.run.logging import RunLogger
-
-CONFIG: dict[str, Any] = {
-    "seed": 0,
-    "experiment": "law",
-    "batch_size": 4,
-    "data": {"seed": 0, "batch_size": 4, "crop": "centre"},
-    "scheduler": {"_target_": "ldm.diffusion.schedulers.Flow"},
-    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.1, "betas": [0.9, 0.99]},
-}
-MakeRun = Callable[..., Run]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> MakeRun:
-    """Writes a run directory below outputs/: its configuration changed by `changes`, its records through RunLogger."""
-
-    def write(name: str = "a", changes: dict[str, Any] | None = None, step: int = 3) -> Run:
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **(changes or {})}))
-        write_json(folder / "run.json", {"digest": name})
-        write_json(folder / "status.json", {"state": "finished", "step": step, "time": step})
-        logger = RunLogger(folder, images_per_step=4)
-        for s in range(1, step + 1):
-            logger.log_metrics({"train/loss": 1 / s, f"train/loss_by_t/{s % 10}": 0.5}, s)
-        errors = {f"val/x0_error_by_t/{i}": i / 10 for i in range(10)}
-        logger.log_metrics({"val/loss": 0.1, **{f"val/loss_by_t/{i}": float(i) for i in range(10)}, **errors}, step)
-        return Run(folder)
-
-    return write
 
 
 def append(run: Run, text: str) -> None:

@@ -10,7 +10,8 @@ from commands import here, ldm
 
 from ldm.config.root import conf_dir
 from ldm.run import named_sweep, quoted
-from ldm.sweep.arms import Arm, best_arm, record
+from ldm.sweep.arms import Arm, record
+from ldm.sweep.end import best_arm
 from ldm.sweep.measured import check_optimized
 
 STUB = ["-m", "task._target_=stub_task.Stub", "name=s"]

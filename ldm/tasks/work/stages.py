@@ -22,8 +22,7 @@ from ldm.data.shards.writer import Written
 from ldm.errors import ConfigError, nearest
 from ldm.evaluation.scoring import built_metrics
 from ldm.launch import is_first
-from ldm.report import write_report
-from ldm.sweep.measured import check_optimized, of_evaluation, of_training
+from ldm.sweep.measured import check_optimized, check_pruned, of_evaluation, of_training
 from ldm.tasks.work.encode import encode_shards
 from ldm.tasks.work.evaluate import evaluate_run
 from ldm.tasks.work.prepare import prepare_shards
@@ -118,6 +117,7 @@ def evaluate(values: dict[str, Any], command: Stages) -> Made:
 
 def report(values: dict[str, Any], command: Stages) -> Made:
     """The page of what was trained last."""
+    from ldm.report.run import write_run  # pandas takes half a second
 
     def write() -> None:
         run, told = command.run_directory, {**command.made, "report": {}}
@@ -125,7 +125,7 @@ def report(values: dict[str, Any], command: Stages) -> Made:
             if "path" in made:
                 made["path"] = os.path.relpath(made["path"], run)
         write_json(run / "stages.json", told)
-        path = write_report(run)
+        path = write_run(run)
         print(f"pictures: {run / 'images'}\nreport: {path}")
 
     processes.by_first(write)
@@ -172,6 +172,8 @@ class Stages:
             check(configured)
             if stage in ("autoencoder", "diffusion"):  # refused now, not after hours
                 built_arguments(plain(configured))
+            if stage == ("autoencoder" if self.is_autoencoder else "diffusion"):
+                check_pruned(plain(configured))
             if stage == "evaluate":
                 built_metrics(plain(configured)["metric"])
         check_builds(plain(self.configured(self.stages[-1])))

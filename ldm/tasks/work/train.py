@@ -21,7 +21,7 @@ from ldm.formats.content import DIFFUSION_NODES
 from ldm.formats.run_config import file_of
 from ldm.launch import launch
 from ldm.sweep.arms import Arm
-from ldm.sweep.measured import check_optimized, of_training
+from ldm.sweep.measured import check_optimized, check_pruned, of_training
 from ldm.tasks.work.prior import check_prior
 from ldm.tasks.work.runs import trained
 from ldm.tasks.work.stages import Stages
@@ -71,6 +71,7 @@ def _train(config: DictConfig) -> dict[str, float]:
         return Stages(config).run()
     built_arguments(plain(config))
     check_builds(plain(config))
+    check_pruned(plain(config))
     if config.optimized_metric:
         check_optimized(config.optimized_metric, of_training(plain(config)))
     return trained(config, plain(config)).metrics

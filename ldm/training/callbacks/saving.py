@@ -22,16 +22,17 @@ from ldm.training.run.checkpoint_io import FolderCheckpointIO
 from ldm.training.run.directory import WritesIntoRun
 
 OUT_OF_TIME = 1  # beside the signals' numbers, and below those that are listened to
+PRUNED = 100  # above them: a sweep has no more use for this run
 
 
 class Interrupted(Exception):
-    """A signal, or max_hours, ended the run at a step boundary; everything up to it is saved."""
+    """A signal, max_hours or a sweep's pruner ended the run at a step boundary; everything up to it is saved."""
 
     everywhere = True  # in every process, at the same step
 
     def __init__(self, number: int, step: int, folder: Path):
-        by = "max_hours" if number == OUT_OF_TIME else signal.Signals(number).name
-        super().__init__(f"stopped by {by} after step {step}; saved in {folder}")
+        by = {OUT_OF_TIME: "stopped by max_hours", PRUNED: "pruned"}.get(number)
+        super().__init__(f"{by or f'stopped by {signal.Signals(number).name}'} after step {step}; saved in {folder}")
         self.number, self.step, self.folder = number, step, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -39,8 +40,8 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 75 ("try again") for what a scheduler sends."""
-        return 130 if self.number == signal.SIGINT else 75
+        """130 for Ctrl-C, 4 for what a sweep pruned, 75 ("try again") for what a scheduler sends."""
+        return {signal.SIGINT: 130, PRUNED: 4}.get(self.number, 75)
 
 
 class Checkpoints(WritesIntoRun, Checkpoint):
@@ -83,6 +84,7 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         self.signals_every_n_steps, self.in_background, self.max_hours = signals_every_n_steps, in_background, max_hours
         self._io: FolderCheckpointIO | None = None  # None: another one, of a plain script
         self._signal = 0
+        self.pruned = False  # set by another callback: stop at this step, as by a signal
         self._saved = 0  # the step
         self._complete = False  # the newest checkpoint is the run's end, before max_steps
         self._before: dict[int, Any] = {}
@@ -112,7 +114,7 @@ class Checkpoints(WritesIntoRun, Checkpoint):
         due = is_last_step(trainer) or step % self.every_n_steps == 0
         asks = due or collectives.size() == 1 or step % self.signals_every_n_steps == 0
         # The signal that any process has had: all stop at the same step.
-        number = collectives.highest(self._signal or self._out_of_time()) if asks else 0
+        number = collectives.highest(self._signal or self._out_of_time() or PRUNED * self.pruned) if asks else 0
         if self._io is not None:
             self._io.check()  # a full disk ends the run at the next step
         if number or due:

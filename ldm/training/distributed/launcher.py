@@ -50,7 +50,7 @@ class Launcher:
             if not ended["crashed"]:
                 if ended["code"] == 0:
                     return ended["metrics"]
-                raise OtherProcess(ended["line"], ended["code"], told_here=True)
+                raise OtherProcess(ended["line"], ended["code"], True, ended.get("ends_sweep", False))
             if restarts == self.max_restarts:
                 raise OtherProcess(ended["line"], ended["code"], told_here=False)
             restarts += 1

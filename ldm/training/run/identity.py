@@ -23,7 +23,7 @@ NOT_DECISIVE = (
     # where it is, what it is called, what happens around it, how long it is
     *("name", "outputs", "output", "task", "experiment", "debug", "local", "stages", "export", "max_steps", "logger"),
     *("loss", "perturbation"),  # they stand in the module's node
-    *("optimized_metric", "metric", "eval_images", "compile", "max_hours", "launcher"),
+    *("optimized_metric", "metric", "eval_images", "compile", "max_hours", "launcher", "sweep"),
     # paths, and what is made of them: their contents count (fingerprints of data, class pictures and checkpoints)
     *("shards", "images", "source", "checkpoint", "weights", "config", "adopt", "scheduler_config"),
     *("templates", "subject", "instance_prompt"),

@@ -1,4 +1,4 @@
-"""The only file that knows Weights & Biases: a mirror of the run directory that may fail without hurting the run."""
+"""All that writes to Weights & Biases: a mirror of the run directory that may fail without hurting the run."""
 
 from __future__ import annotations
 
