@@ -18,6 +18,7 @@ import pandas as pd
 from ldm.errors import ConfigError, nearest
 
 LEVEL = 0.95  # of every interval here
+BESIDE = ("seed", "sweep", "name", "outputs", "optimized_metric")  # keys that make no setting, though commands differ
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
@@ -87,7 +88,7 @@ def settings(results: pd.DataFrame, metric: str, baseline: str | None = None) ->
     """
     if metric not in metrics_of(results):
         raise ConfigError(f"{metric} is not among the sweep's metrics.{nearest(metric, metrics_of(results))}")
-    keys = [k for k in keys_of(results) if k != "seed"]
+    keys = [k for k in keys_of(results) if k.split(".")[0] not in BESIDE]
     swept = [k for k in keys if results[k].nunique(dropna=False) > 1]
     groups = list(results.groupby(swept, sort=False, dropna=False)) if swept else [((), results)]
     labels = [_label(swept, values) for values, _ in groups]
