@@ -24,7 +24,7 @@ from ldm.config.schema import look_in, register, schema, tasks
 from ldm.errors import ConfigError, Ended, SweepError
 from ldm.launch import OtherProcess, is_first, launch
 from ldm.sweep import plugins
-from ldm.sweep.arms import FAILED, Arm, ready, run_arm
+from ldm.sweep.arms import FAILED, PRUNED, Arm, ready, run_arm
 from ldm.sweep.child import Child, apart
 from ldm.text.reading import NotText, checked
 
@@ -276,7 +276,7 @@ def _report(error: BaseException) -> Ending:
 
     code, line, final = getattr(error, "exit_code", 2), str(error), True
     if type(error).__name__ == "Interrupted":
-        line = f"{error}. The same command goes on from there."
+        line = str(error) if code == PRUNED else f"{error}. The same command goes on from there."
     elif type(error).__name__ == "Diverged":
         code, line = FAILED, f"stopped: {error}"
     elif isinstance(error, OtherProcess):

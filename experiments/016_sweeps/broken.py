@@ -1,7 +1,8 @@
 """Sweeps in which an arm diverges, one raises and one is killed by kill -9, under every launcher and under Optuna.
 
-python experiments/016_sweeps/broken.py [FOLDER] writes broken.csv, a row an arm and command, and broken.txt, what the
-commands said. 15 to 30 minutes on two cores: each arm is a process that imports torch.
+python experiments/016_sweeps/broken.py FOLDER [NAME ...] runs the sweeps (or those named) in a folder, prints what they
+say, and writes broken.csv, a row an arm and command; rows of sweeps that were not run stay. Half an hour on two cores
+beside other work: each arm is a process that imports torch.
 """
 
 import csv
@@ -11,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,28 +33,35 @@ COMMANDS = [  # name, what is typed, what is broken the first time, what is type
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="broken-"))
+    folder, chosen = Path(sys.argv[1]), sys.argv[2:] or [name for name, *_ in COMMANDS]
     folder.mkdir(parents=True, exist_ok=True)
-    said, rows = [], []
-    for name, typed, broken, then in COMMANDS:
+    table = HERE / "broken.csv"
+    before = list(csv.DictReader(table.open())) if table.is_file() else []
+    rows = [row for row in before if row["sweep"] not in chosen]
+    for name, typed, broken, then in [c for c in COMMANDS if c[0] in chosen]:
         for attempt, what, sabotage in (("first", typed, broken), ("again", then or typed, {})):
-            words = ["-m", *shlex.split(SWEEP), f"+callbacks.sabotage={CALLBACK}", *shlex.split(what), f"name={name}"]
-            before = trained(folder / "outputs" / name)
-            started = time.monotonic()
-            done = ldm(folder, words, sabotage)
-            seconds = time.monotonic() - started
-            new = trained(folder / "outputs" / name) - before
-            said.append(
-                f"$ python -m ldm.run {shlex.join(words)}\n{done.stdout}{done.stderr}exit code {done.returncode}\n"
-            )
-            for arm in csv.DictReader((folder / "outputs" / name / "results.csv").open()):
-                place = Path(arm["directory"]).name
-                known = {
-                    k: arm.get(k, "") for k in ("weighting", "optimizer.lr", "seed", "state", "val/loss", "message")
-                }
-                head = {"sweep": name, "command": attempt, "exit code": done.returncode, "seconds": round(seconds)}
-                rows.append({**head, **known, "trained now": new[place]})
-            write(rows, said)
+            rows += attempted(folder, name, attempt, what, sabotage)
+    with table.open("w", newline="") as file:
+        written = csv.DictWriter(file, list(rows[0]))
+        written.writeheader()
+        written.writerows(rows)
+
+
+def attempted(folder: Path, name: str, attempt: str, what: str, sabotage: dict[str, str]) -> list[dict]:
+    """The rows of a command's arms."""
+    words = ["-m", *shlex.split(SWEEP), f"+callbacks.sabotage={CALLBACK}", *shlex.split(what), f"name={name}"]
+    before, started = trained(folder / "outputs" / name), time.monotonic()
+    done = ldm(folder, words, sabotage)
+    seconds, new = time.monotonic() - started, trained(folder / "outputs" / name) - before
+    print(
+        f"$ python -m ldm.run {shlex.join(words)}\n{done.stdout}{done.stderr}exit code {done.returncode}\n", flush=True
+    )
+    head = {"sweep": name, "command": attempt, "exit code": done.returncode, "seconds": round(seconds)}
+    rows = []
+    for arm in csv.DictReader((folder / "outputs" / name / "results.csv").open()):
+        known = {k: arm.get(k, "") for k in ("weighting", "optimizer.lr", "seed", "state", "val/loss", "message")}
+        rows.append({**head, **known, "trained now": new[Path(arm["directory"]).name]})
+    return rows
 
 
 def ldm(folder: Path, words: list[str], sabotage: dict[str, str]) -> subprocess.CompletedProcess:
@@ -68,14 +75,6 @@ def trained(sweep: Path) -> Counter:
     """How often each arm has begun to train, or gone on."""
     events = {f.parent.name: f.read_text() for f in sweep.glob("*/events.jsonl")}
     return Counter({arm: len(re.findall(r'"event": "(?:start|resume)"', text)) for arm, text in events.items()})
-
-
-def write(rows: list[dict], said: list[str]) -> None:
-    with (HERE / "broken.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    (HERE / "broken.txt").write_text("\n".join(said))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pandas as pd
 from ldm.errors import ConfigError, nearest
 
 LEVEL = 0.95  # of every interval here
+BESIDE = ("seed", "sweep", "name", "outputs", "optimized_metric")  # keys that make no setting, though commands differ
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
@@ -74,7 +75,7 @@ def default_metric(results: pd.DataFrame) -> str | None:
 def settings(results: pd.DataFrame, metric: str, baseline: str | None = None) -> pd.DataFrame:
     """One row a setting, in the order of the arms.
 
-    results: of `read_results`. metric: a column of it. baseline: a `setting`; by default the first.
+    results: of `read_results`. metric: a column of it. baseline: a `setting`; by default the first that has a value.
 
     Columns: setting, what differs in short ("scheduler=cosine"); the swept columns; n, seeds with a value; failed, arms
     without one, whatever the reason; mean, low, high (95 % of Student's t over seeds, NaN with a single one);
@@ -87,14 +88,14 @@ def settings(results: pd.DataFrame, metric: str, baseline: str | None = None) ->
     """
     if metric not in metrics_of(results):
         raise ConfigError(f"{metric} is not among the sweep's metrics.{nearest(metric, metrics_of(results))}")
-    keys = [k for k in keys_of(results) if k != "seed"]
+    keys = [k for k in keys_of(results) if k.split(".")[0] not in BESIDE]
     swept = [k for k in keys if results[k].nunique(dropna=False) > 1]
     groups = list(results.groupby(swept, sort=False, dropna=False)) if swept else [((), results)]
     labels = [_label(swept, values) for values, _ in groups]
     if baseline is not None and baseline not in labels:
         raise ConfigError(f"baseline {baseline!r} is no setting of this sweep.{nearest(baseline, labels)}")
-    first = labels.index(baseline) if baseline is not None else 0
     values = [_by_seed(rows, metric) for _, rows in groups]
+    first = labels.index(baseline) if baseline is not None else next((i for i, v in enumerate(values) if v), 0)
     pairs = [_paired(v, values[first]) for v in values] if values else []
     compared = sum(len(p) > 1 for p in pairs)
     table = []

@@ -28,9 +28,10 @@ def main() -> None:
     look_in(*map(Path, job["folders"]))
     Arm.handed = Arm(**{**job["arm"], "sweep": Path(job["arm"]["sweep"])}) if job["arm"] else None
     config = OmegaConf.create(job["config"])
+    target = config.task._target_
     metrics: dict[str, float] = {}
     try:
-        ending = guarded(lambda: metrics.update(task_class("", config.task._target_).run(config)))
+        ending = guarded(lambda: metrics.update(task_class(target, target).run(config)))
     except BaseException as error:
         traceback.print_exc()
         ending = Ending(1, f"{type(error).__name__}: {error}", final=False)

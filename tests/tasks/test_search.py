@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+from pathlib import Path
 
 import optuna
 import pandas as pd
@@ -124,7 +126,9 @@ def test_a_misspelt_metric_to_prune_by_is_refused_before_anything_is_trained(tmp
 @pytest.mark.parametrize(
     ("launcher", "seeds"), [(["processes", "sweep.n_jobs=2"], "97,3,1"), (["joblib", "sweep.n_jobs=1"], "97")]
 )
-def test_a_killed_arm_is_a_row_and_the_others_run(launcher, seeds, tmp_path):
+def test_a_killed_arm_is_a_row_and_the_others_run(launcher, seeds, tmp_path, monkeypatch):
+    path = [str(Path(stub_task.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     typed = [*STUB, f"seed={seeds}", f"hydra/launcher={launcher[0]}", *launcher[1:]]
     done = here(*typed, cwd=tmp_path)
     assert done.returncode == 3, done.stderr

@@ -18,6 +18,7 @@ from ldm.training.run.identity import decisive
 NOT_DECIDING = [  # root keys and what lies below them
     *("name", "outputs", "output", "task", "experiment", "debug", "local", "stages", "export", "max_steps", "logger"),
     *("optimized_metric", "metric", "eval_images", "loss", "perturbation", "compile", "max_hours", "launcher"),
+    "sweep",
     *("num_steps", "guidance", "guidance_rescale", "eta", "sampler", "grid", "guider"),
 ]
 SAMPLING = ["prompt", "negative_prompt", "prompts", "height", "width", "num_images", "init_image", "strength", "mask"]
