@@ -14,6 +14,7 @@ from ldm.analysis.figures import plot_loss, plot_loss_by_t, plot_throughput, plo
 from ldm.analysis.objective_figure import plot_objective
 from ldm.analysis.replicates import read_results, settings
 from ldm.analysis.run import Run
+from ldm.analysis.scores import scores
 from ldm.analysis.sweeps import importance, plot_differences, plot_importance, plot_sweep_parallel
 from ldm.analysis.tables import compare, diff, newest, runs
 from ldm.analysis.trajectories import film_strip, plot_trajectories, trajectories
@@ -38,6 +39,7 @@ __all__ = [
     "plot_x0_error",
     "read_results",
     "runs",
+    "scores",
     "settings",
     "throughput",
     "trajectories",

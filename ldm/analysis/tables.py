@@ -11,6 +11,7 @@ import pandas as pd
 
 from ldm.analysis.logged import Logged, Scalars, is_number, scores_of
 from ldm.analysis.run import Run, nearby
+from ldm.analysis.scores import alike, cards_of, differing
 from ldm.analysis.sources import Source, as_run, find
 from ldm.errors import ConfigError
 
@@ -38,7 +39,11 @@ def runs(pattern: str | Path = "outputs/*") -> pd.DataFrame:
             others.append(({"path": run.path, "name": run.name, "state": "unreadable", "message": str(error)}, {}))
     flats = [flat for _, flat in readable]
     choices = list(dict.fromkeys([*_differing(flats), *(k for _, given in others for k in given)]))
-    rows = [_row(run, {k: flat[k] for k in choices if k in flat}) for run, flat in readable]
+    measured = alike([run.evaluation for run, _ in readable])
+    rows = [
+        _row(run, {k: flat[k] for k in choices if k in flat}, scores)
+        for (run, flat), scores in zip(readable, measured, strict=True)
+    ]
     table = pd.DataFrame([*rows, *({**given, **row} for row, given in others)])
     first = list(dict.fromkeys(["path", "name", "experiment", "state", "step", "seed", *choices]))
     rest = [c for c in table.columns if c not in (*first, "message")]
@@ -77,7 +82,8 @@ def compare(a: Source, b: Source) -> pd.DataFrame:
 def diff(a: Source, b: Source) -> pd.DataFrame:
     """In what two runs differ, in configuration and results: part, key, a column a run, and b's lead over a.
 
-    part: "configuration" as `compare` has it, "metric" the last values of scalars, "score" those of the evaluation.
+    part: "configuration" as `compare` has it, "metric" the last values of scalars, "score" those of the evaluation,
+    each followed by what it was measured with otherwise ("card").
     change: b - a of numbers. low, high: its 95 % interval where both scores have one, by square and add (Newcombe 1998,
     method 10), as if the two had been measured on draws of their own; they share seeds and prompts, so it is too wide
     rather than too narrow. What is equal is left out.
@@ -98,6 +104,12 @@ def diff(a: Source, b: Source) -> pd.DataFrame:
         one, other = (side.get(key, [None] * 3) for side in scores)
         if not _same(one[0], other[0]):
             rows.append(("score", key, one[0], other[0], *_change(one[0], other[0], one[1:3], other[1:3])))
+            cards = {name: cards_of(run.evaluation).get(key, {}) for name, run in zip(names, both, strict=True)}
+            rows += [
+                ("card", f"{key}: {field}", *(values.get(name) for name in names), None, None, None)
+                for field, values in differing(cards).items()
+                if all(cards.values())
+            ]
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({c: float for c in columns[-3:]})
 
@@ -134,14 +146,15 @@ def _number(value: Any) -> float:
     return float(value) if is_number(value) else 0.0
 
 
-def _row(run: Logged, choices: Scalars) -> Scalars:
+def _row(run: Logged, choices: Scalars, measured: Scalars) -> Scalars:
     status, config = run.status, run.config
     logged, last = run.last()
     about = {"path": run.path, "name": run.name, "experiment": config.get("experiment"), "seed": config.get("seed")}
     # While a run is running its status holds the step that it started from.
     about |= {"state": status.get("state"), "step": max(int(_number(status.get("step"))), logged)}
     last = {k: v for k, v in last.items() if "_by_t/" not in k}
-    scores = {name: value for name, value, low, *_ in scores_of(run.evaluation) if low is not None}
+    intervals = {name for name, _, low, *_ in scores_of(run.evaluation) if low is not None}
+    scores = {name: value for name, value in measured.items() if name.partition(" [")[0] in intervals}
     short = {k: v.rsplit(".", 1)[-1] if isinstance(v, str) and v.startswith("ldm.") else v for k, v in choices.items()}
     return {**short, **about, **last, **scores}
 

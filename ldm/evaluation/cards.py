@@ -53,10 +53,3 @@ def _named(node: Any) -> str:
         return str(node) if isinstance(node, str) else type(node).__name__
     options = {k: v for k, v in sorted(node.items()) if k != "_target_" and v is not None}
     return " ".join([str(node.get("_target_", "own")).rsplit(".", 1)[-1], *(f"{k}={v}" for k, v in options.items())])
-
-
-def differing(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{field: {whose: its value}} of the fields in which some cards differ; {} where all compare."""
-    fields = dict.fromkeys(field for card in cards.values() for field in card)
-    found = {field: {whose: card.get(field) for whose, card in cards.items()} for field in fields}
-    return {field: values for field, values in found.items() if len({repr(v) for v in values.values()}) > 1}

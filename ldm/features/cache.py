@@ -43,7 +43,9 @@ class FeatureCache:
     ) -> tuple[Tensor, str]:
         """(N, width) float32 of the pictures, which are looked at twice where they are new; and their fingerprint."""
         content, n = fingerprint(pictures())
-        file = None if self.folder is None else self.folder / f"{network.card()['weights']}-{content}.safetensors"
+        file = (
+            None if self.folder is None else self.folder / f"{network.card()['network_weights']}-{content}.safetensors"
+        )
         if file is not None and file.is_file():
             try:
                 kept = load_file(file).get("features")

@@ -42,7 +42,7 @@ class PictureFeatures(nn.Module):
         """What another's number must have in common with ours to be compared; after `start`."""
         return {
             "network": f"{type(self).__name__} {self.name}".strip(),
-            "weights": digest_of(self),
+            "network_weights": digest_of(self),
             "resize": self.resize,
         }
 

@@ -47,7 +47,7 @@ class DINOv2(PictureFeatures):
         return self.network(pixel_values=scaled).last_hidden_state[:, 0]
 
     def card(self) -> dict[str, str]:
-        return {"network": self.encoder, "weights": digest_of(self.network.network), "resize": self.resize}
+        return {"network": self.encoder, "network_weights": digest_of(self.network.network), "resize": self.resize}
 
 
 class CLIP(PictureFeatures):
@@ -96,7 +96,7 @@ class CLIP(PictureFeatures):
         return vectors / vectors.norm(dim=1, keepdim=True)
 
     def card(self) -> dict[str, str]:
-        return {"network": self.encoder, "weights": digest_of(self.network.network), "resize": self.resize}
+        return {"network": self.encoder, "network_weights": digest_of(self.network.network), "resize": self.resize}
 
 
 def read_config(encoder: str) -> Any:

@@ -109,7 +109,7 @@ class PerceptualDiversity(Metric):
         """What a score was measured with, but for how the pictures were drawn."""
         return {
             "network": "VGG16, random" if self.distance.random else "VGG16, LPIPS 0.1",
-            "weights": digest_of(self.distance),
+            "network_weights": digest_of(self.distance),
             "pictures of a caption": self.num_images,
             "interval": "over captions, 95 %",
         }

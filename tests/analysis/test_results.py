@@ -22,6 +22,7 @@ from ldm.analysis import (
     plot_throughput,
     plot_trajectories,
     runs,
+    scores,
     throughput,
     trajectories,
 )
@@ -59,6 +60,33 @@ def test_diff_names_what_differs_with_newcombes_interval(make: MakeRun) -> None:
     assert table.loc["seed", ["a", "b", "change"]].tolist() == [0, 3, 3]
     assert table.loc["val/loss", "change"] == pytest.approx(0.2) and math.isnan(table.loc["val/loss", "low"])
     assert table.loc["s", ["change", "low", "high"]].tolist() == pytest.approx([0.2, 0.0524, 0.3339], abs=1e-4)
+
+
+def test_numbers_of_other_cards_stand_in_columns_of_their_own(make: MakeRun) -> None:
+    card = {"network": "inception", "num_steps": 10}
+
+    def evaluated(name: str, value: float, **changes: int) -> Run:
+        run = make(name)
+        folder = run.path / "evaluation-ema"
+        folder.mkdir()
+        metrics = {"val/fid": value, "val/fid/low": value - 1, "val/fid/high": value + 1, "val/kid": 0.5}
+        cards = {"val/fid": {**card, **changes}, "val/kid": card}
+        (folder / "evaluation.json").write_text(json.dumps({"metrics": metrics, "cards": cards}))
+        return run
+
+    a, b = evaluated("a", 20.0), evaluated("b", 30.0)
+    pattern = str(a.path.parent / "*")
+    assert scores(pattern)["val/fid"].tolist() == [20.0, 30.0]
+    assert "card" not in set(diff(a, b)["part"])
+    c = evaluated("c", 25.0, num_steps=50)
+    table = scores(pattern)
+    assert list(table) == ["val/fid [num_steps=10]", "val/kid", "val/fid [num_steps=50]"]
+    assert table["val/fid [num_steps=10]"].dropna().tolist() == [20.0, 30.0] and len(table["val/kid"].dropna()) == 3
+    assert {"val/fid [num_steps=10]", "val/fid [num_steps=50]"} <= set(runs(pattern))
+    (said,) = diff(a, c).query("part == 'card'").itertuples(index=False)
+    assert tuple(said)[1:4] == ("val/fid: num_steps", 10, 50)
+    with pytest.raises(ConfigError, match="has an evaluation"):
+        scores(make("none").path)
 
 
 def test_runs_that_cannot_be_read_are_rows_with_their_reason(make: MakeRun) -> None:

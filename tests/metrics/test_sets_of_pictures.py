@@ -6,8 +6,9 @@ import pytest
 import torch
 from vision import small_clip
 
+from ldm.analysis.scores import differing
 from ldm.errors import ConfigError
-from ldm.evaluation.cards import cards, differing
+from ldm.evaluation.cards import cards
 from ldm.evaluation.scoring import check_count, scores
 from ldm.features.network import PictureFeatures
 from ldm.features.vision_features import CLIP
