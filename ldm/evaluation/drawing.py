@@ -40,6 +40,10 @@ class Group:
     size: int = 1
     gather: Callable[[Tensor], list[Tensor]] = field(default=lambda tensor: [tensor])
 
+    def share(self, of: range) -> range:
+        """What this one does of it; one after the other they do all."""
+        return of[self.rank * len(of) // self.size : (self.rank + 1) * len(of) // self.size]
+
 
 def image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -> dict[str, Shards]:
     """Splits of the images behind a path: of the parent, where the path holds latents.
@@ -58,13 +62,16 @@ def image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -
     }
 
 
-def pictures_of(shards: Shards, size: int, limit: int | None = None) -> Iterator[Tensor]:
-    """Images in [-1, 1], in the order of the shards; those that cannot be read are left out."""
-    return (pictures for pictures, _ in _read(shards, size, limit, shards.reading.unread()))
+def pictures_of(shards: Shards, size: int, limit: int | None = None, group: Group | None = None) -> Iterator[Tensor]:
+    """Images in [-1, 1], in the order of the shards; those that cannot be read are left out. group: one's share."""
+    return (pictures for pictures, _ in _read(shards, size, limit, shards.reading.unread(), group))
 
 
-def _read(shards: Shards, size: int, limit: int | None, fields: Fields) -> Iterator[tuple[Tensor, list[str]]]:
+def _read(
+    shards: Shards, size: int, limit: int | None, fields: Fields, group: Group | None = None
+) -> Iterator[tuple[Tensor, list[str]]]:
     chosen = range(min(len(shards), limit or len(shards)))
+    chosen = chosen if group is None else group.share(chosen)
     for batch, _ in sequential(shards, size, 256, positions=chosen, fields=fields):
         if batch:
             yield to_unit(batch["image"]), [caption or "" for caption in batch["caption"]]
@@ -105,7 +112,7 @@ def evaluation_of(
     draw = None if pipe is None else _Draw(pipe, size, asked)
     for half, captions in captions_of(images, asked["eval_images"], asked["seed"]).items() if draw else ():
         assert draw is not None
-        mine = range(group.rank * len(captions) // group.size, (group.rank + 1) * len(captions) // group.size)
+        mine = group.share(range(len(captions)))
         first = UNSEEN_NOISE + asked["seed"] * 1_000_003
         told = [captions[i] for i in mine]
         drawn[half] = Drawn(draw.from_noise(told, [first + i for i in mine]), told, captions)
@@ -129,6 +136,7 @@ def evaluation_of(
         draw,
         device,
         FeatureCache(cache),
+        lambda split, limit=None: pictures_of(images[split], size, limit, group),
         group.rank,
         group.size,
         group.gather,

@@ -27,6 +27,7 @@ class Inception(PictureFeatures):
 
     name = ""
     width = 2048
+    classifies = True
 
     def __init__(self, weights: str | None = None, resize: str = "tensorflow"):
         super().__init__()

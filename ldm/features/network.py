@@ -26,6 +26,8 @@ class PictureFeatures(nn.Module):
     name: str
     width: int
     resize: str
+    learnt = False  # from the data at hand, in `start`
+    classifies = False  # `logits` gives some
 
     def start(self, captioned: Captioned, kept: Path | None = None) -> None:
         """Opens the weights, or learns them from the training pictures, unless they were and are in the folder `kept`.

@@ -34,6 +34,7 @@ class TrainedFeatures(PictureFeatures):
     """
 
     name = "trained"
+    learnt = True
     scale: Tensor
 
     def __init__(self, width: int = 64, steps: int = 400, images: int = 8192):

@@ -54,6 +54,10 @@ class Distribution(Metric):
         wrong = sorted(set(measures) - set(MEASURES))
         if wrong or not measures:
             raise ConfigError(f"measures={list(measures)}: choose among {', '.join(MEASURES)}.")
+        if "inception_score" in measures and not features.classifies:
+            raise ConfigError(f"measures=inception_score needs a classifier, which {type(features).__name__} is not.")
+        if neighbours is not None and neighbours < 1:
+            raise ConfigError(f"neighbours={neighbours}: at least 1; null: 3 for precision and recall, else 5.")
         if reference is not None and reference.endswith(".npz"):
             if list(measures) != ["frechet"]:
                 raise ConfigError(f"reference={reference} holds statistics, which measures=[frechet] alone can use.")
@@ -62,6 +66,7 @@ class Distribution(Metric):
         self.features, self.measures, self.reference = features, tuple(measures), reference
         self.neighbours = neighbours
         self.scores = tuple(f"{of}/{n}" for of in ("seen", "unseen", "val", "reconstruction") for n in self._names())
+        self.drawn = True  # else given back by an autoencoder
         self._card: dict[str, Any] = {}
         self._held: dict[str, tuple[Tensor, str]] = {}  # of real pictures, for the next time
         self.add_state("ours", [], dist_reduce_fx="cat")
@@ -81,19 +86,19 @@ class Distribution(Metric):
         """Of features (N, width) and (M, width)."""
         found: dict[str, float] = {}
         for measure in self.measures:
-            least = 0 if measure == "inception_score" else self.least(measure)
-            if isinstance(real, Tensor) and len(real) < least:
-                print(f"{measure} is left out: it needs at least {least} real pictures, there are {len(real)}.")
+            least, sides = self.least(measure), {"drawn" if self.drawn else "reconstructed": ours}
+            sides |= {"real": real} if isinstance(real, Tensor) and measure != "inception_score" else {}
+            few = [f"{len(side)} {which}" for which, side in sides.items() if len(side) < least]
+            if few:
+                print(f"{measure} is left out: it needs at least {least} pictures, and there are {few[0]} ones.")
             else:
                 found |= self._measure(measure, ours, real)
         return found
 
     def _measure(self, measure: str, ours: Tensor, real: Any) -> dict[str, float]:
-        self._check(measure, len(ours))
         if measure == "inception_score":
             logits = self.features.logits(ours)
-            if logits is None:
-                raise ConfigError(f"measures=inception_score needs a classifier, which {self.features.name} is not.")
+            assert logits is not None
             return inception_score(logits).named(self._named("inception_score"), 1.0)
         if measure == "frechet":
             name = self._called("fid", "fd")
@@ -121,14 +126,8 @@ class Distribution(Metric):
             return (self.features.width + 2) * GROUPS // (GROUPS - 1) + 1
         if measure == "inception_score":
             return 2 * SPLITS
-        return 2 * GROUPS if measure in ("precision_recall", "density_coverage") else 4
-
-    def _check(self, measure: str, n: int) -> None:
-        if n < (least := self.least(measure)):
-            raise ConfigError(
-                f"{measure} on {self.features.width} features needs at least {least} pictures, and {n} are drawn: give "
-                f"eval_images={least} or more, or leave it out of measures=."
-            )
+        # A vector has its neighbours also where a group is left out.
+        return 2 * GROUPS + (self.neighbours or 0) * 2 if measure in ("precision_recall", "density_coverage") else 4
 
     def _called(self, of_inception: str, other: str) -> str:
         return of_inception if not self.features.name else f"{other}_{self.features.name}"
@@ -153,12 +152,19 @@ class Distribution(Metric):
     def wants(self, count: int) -> None:
         """ConfigError where so many drawn pictures are too few for one of the measures: asked before any is drawn."""
         for measure in self.measures:
-            self._check(measure, count)
+            if count < (least := self.least(measure)):
+                raise ConfigError(
+                    f"{measure} on {self.features.width} features needs at least {least} pictures, and {count} are "
+                    f"drawn: give eval_images={least} or more, or leave it out of measures=."
+                )
 
     def score(self, evaluation: Evaluation) -> dict[str, float]:
         """Of each half of what was drawn: val/fid and so on; of an autoencoder alone reconstruction/fid (rFID)."""
         self.features.start(lambda most: evaluation.captioned("train", most), evaluation.cache.folder)
         self.features.to(evaluation.device)
+        if self.features.learnt:  # one network for all processes, whatever their devices made of the last digits
+            for tensor in self.features.state_dict().values():
+                tensor.copy_(evaluation.gather(tensor)[0])
         self._card = self.features.card()
         halves: Mapping[str, Callable[[], Iterable[Tensor]]] = {
             half: drawn.batches for half, drawn in evaluation.drawn.items()
@@ -166,6 +172,7 @@ class Distribution(Metric):
         if not halves and "val" in evaluation.splits:
             halves = {"reconstruction": lambda: map(evaluation.reconstruct, evaluation.mine("val"))}
         found: dict[str, float] = {}
+        self.drawn = bool(evaluation.drawn)
         for half, pictures in halves.items():
             split = "val" if half == "reconstruction" else self.reference or ("unseen" if half == "unseen" else "train")
             real, said = self._real(evaluation, split)

@@ -60,8 +60,8 @@ class Evaluation:
     captioned(split, limit): as `real`, with the pictures' captions.
     draw(captions, seeds): more pictures, uint8 (N, 3, H, W), one a caption; None for an autoencoder alone.
     device: where networks that look at pictures compute; cache: their features that are known already.
-    rank, size: which of how many processes this is; gather: a tensor of each, in all of them, whose first dimensions
-    may differ.
+    share: as `real`, this process's part of it; rank, size: which of how many processes this is; gather: a tensor of
+    each, in all of them, whose first dimensions may differ.
     """
 
     splits: Sequence[str]
@@ -74,6 +74,7 @@ class Evaluation:
     draw: Callable[[Sequence[str], Sequence[int]], Tensor] | None = None
     device: torch.device | str = "cpu"
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
+    share: Callable[[str, int | None], Iterator[Tensor]] | None = None
     rank: int = 0
     size: int = 1
     gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
@@ -85,8 +86,8 @@ class Evaluation:
             metric.dist_sync_fn = lambda tensor, group=None: self.gather(tensor)
 
     def mine(self, split: str, limit: int | None = None) -> Iterator[Tensor]:
-        """The batches of `real` that are this process's to look at."""
-        return (batch for i, batch in enumerate(self.real(split, limit)) if i % self.size == self.rank)
+        """Of `real` what is this process's to look at: one after the other the processes have all, in their order."""
+        return self.real(split, limit) if self.share is None else self.share(split, limit)
 
 
 @runtime_checkable

@@ -89,9 +89,11 @@ def test_too_few_pictures_and_wrong_choices_are_said_before_anything_is_drawn(tm
         check_count(few, 8)
     check_count(few, 9)
     assert scores(few, evaluation(real=lambda split, limit: iter([to_unit(REAL[:5])]))) == {}
-    assert "frechet is left out: it needs at least 9 real pictures, there are 5" in capsys.readouterr().out
+    assert "frechet is left out: it needs at least 9 pictures, and there are 5 real ones." in capsys.readouterr().out
     for options, said in (
         ({"measures": ["fid"]}, "choose among frechet, kernel"),
+        ({"measures": ["inception_score"]}, "needs a classifier, which Means is not"),
+        ({"measures": ["precision_recall"], "neighbours": 0}, "neighbours=0: at least 1"),
         ({"measures": ["kernel"], "reference": "stats.npz"}, "measures=\\[frechet\\] alone"),
         ({"measures": ["frechet"], "reference": str(tmp_path / "no.npz")}, "there is no such file"),
     ):
@@ -99,8 +101,6 @@ def test_too_few_pictures_and_wrong_choices_are_said_before_anything_is_drawn(tm
             Distribution(Means(), **options)
     with pytest.raises(ConfigError, match="reference=test is no split of these data: choose train, val"):
         scores({"m": Distribution(Means(), ["kernel"], reference="test")}, evaluation())
-    with pytest.raises(ConfigError, match="needs a classifier"):
-        scores({"m": Distribution(Means(), ["inception_score"])}, evaluation())
 
 
 def test_cards_say_what_decides_a_number_and_where_two_differ():

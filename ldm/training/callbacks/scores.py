@@ -80,7 +80,9 @@ class Scores(L.Callback):
                 print(f"scores at step {trainer.global_step}: {error}", flush=True)
             if not collectives.highest(failed):  # or the others would wait for this one's share
                 found = scores(self.metrics, evaluation)
-        log_metrics(trainer, {f"scores/{k}": v for k, v in found.items()}, trainer.global_step)
+        named = {f"scores/{k}": v for k, v in found.items()}
+        log_metrics(trainer, named, trainer.global_step)
+        pl_module.log_dict(named, logger=False, on_step=True, on_epoch=False)  # for keep_best=, EarlyStopping
 
     def _pipe(self, trainer: L.Trainer, module: Any) -> Pipeline | None:
         if isinstance(module, AutoencoderTraining):
