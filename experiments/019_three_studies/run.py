@@ -10,7 +10,6 @@ without starting anew for each.
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ldm.analysis import settings
 from ldm.checkpoints.averages import average
 from ldm.checkpoints.folder import find, read_manifest
 from ldm.data.fields import fields_of
@@ -113,40 +113,37 @@ def lengths(runs: list[str], features: TrainedFeatures) -> None:
             write("lengths", rows)
 
 
-def over_seeds(table: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Means over seeds, and how far a 95 % interval of Student's t with two degrees of freedom reaches."""
-    grouped = table.drop(columns="seed").groupby(axes, sort=False)
-    mean, reach = grouped.mean(), 4.302653 * grouped.std() / math.sqrt(3)
-    return mean.join(reach, rsuffix="/reach").reset_index()
-
-
 def figures() -> None:
-    _lines("samplers", "calls", "calls of the network", "sampler", ["all", "kd_trained"], log=True)
+    _lines("samplers", "calls", "calls of the network", "sampler", ["all", "kd_trained"], "sampler=ddim calls=32")
+    _lines("guidance", "guidance", "guidance scale", None, list(SHOWN), "guidance=1.5")
     _lines(
-        "guidance",
-        "guidance",
-        "guidance scale",
-        None,
-        ["all", "kd_trained", "recall_trained", "lpips_diversity_random"],
+        "lengths", "length", "length of the average, a share of the training", None, ["all", "kd_trained"], "length=0.1"
     )
-    _lines("lengths", "length", "length of the average, a share of the training", None, ["all", "kd_trained"])
 
 
-def _lines(name: str, x: str, label: str, by: str | None, scores: list[str], log: bool = False) -> None:
-    raw = pd.read_csv(HERE / f"{name}.csv")
-    table = over_seeds(raw, [by, x] if by else [x])
-    table.round(4).to_csv(HERE / f"{name}_over_seeds.csv", index=False)
-    figure = Figure(figsize=(4.2 * len(scores), 3.6), dpi=90, layout="constrained")
-    for axes, score in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
+def over_seeds(name: str, score: str, baseline: str) -> pd.DataFrame:
+    """A row a setting: mean with its interval over seeds, the paired difference from the baseline with its own."""
+    table = pd.read_csv(HERE / f"{name}.csv")
+    keys = [k for k in table if k not in SHOWN]
+    results = table[keys].assign(state="finished", **{score: table[score]}, message="", directory="")
+    return settings(results, score, baseline)
+
+
+def _lines(name: str, x: str, label: str, by: str | None, names: list[str], baseline: str) -> None:
+    figure = Figure(figsize=(4.2 * len(names), 3.6), dpi=90, layout="constrained")
+    tables = []
+    for axes, score in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        table = over_seeds(name, score, baseline)
+        tables.append(table.assign(score=score))
         for key, part in table.groupby(by, sort=False) if by else [("", table)]:
-            axes.errorbar(part[x], part[score], part[f"{score}/reach"], marker="o", ms=3, capsize=2, lw=1.2, label=key)
-        axes.set(xlabel=label, ylabel=SHOWN[score])
+            reach = (part["high"] - part["mean"]).to_numpy()
+            axes.errorbar(part[x], part["mean"], reach, marker="o", ms=3, capsize=2, lw=1.2, label=key)
+        axes.set(xlabel=label, ylabel=SHOWN[score], xscale="log" if by else "linear")
         axes.grid(alpha=0.3)
-        if log:
-            axes.set_xscale("log", base=2)
     if by:
         axes.legend(fontsize=8)
     figure.savefig(HERE / f"{name}.png")
+    pd.concat(tables).round(5).to_csv(HERE / f"{name}_over_seeds.csv", index=False)
 
 
 def main() -> None:
