@@ -26,6 +26,7 @@ BUILT = (
     *("model", "autoencoder", "text_encoder", "scheduler", "parameterization"),
     *("sampler", "grid", "guider", "adapter"),
 )
+TAKES = {"callbacks": ("metric", "sampler", "grid", "guider")}  # whose nodes stand in another's: callbacks.scores
 # Nodes that an option of conf/ takes and its own file leaves out: (parent, argument) -> target -> whether _partial_.
 OPTIONAL = {
     ("ldm.diffusion.samplers.euler.euler", "churn"): {"ldm.diffusion.samplers.churn.Churn": False},
@@ -64,7 +65,8 @@ def only_allowed(config: Mapping[str, Any], source: Path | str) -> dict[str, Any
         if not isinstance(judged.get(key), dict | None):
             raise ConfigError(f"{source}: {key} is {shown(judged[key])}, and a mapping belongs there. Fetch it again.")
     for group in judged.keys() - set(BUILT):
-        _strip(judged[group], {t for targets in _named_by_conf(str(group)).values() for t in targets})
+        places = [p for g in (str(group), *TAKES.get(str(group), ())) for p in _named_by_conf(g).values()]
+        _strip(judged[group], {target for place in places for target in place})
     return judged
 
 

@@ -16,17 +16,20 @@ SIDE_BY_SIDE = {"joblib": "n_jobs", "submitit_slurm": "array_parallelism"}  # wh
 
 def register() -> None:
     """Before Hydra composes a sweep."""
-    found = Plugins.instance()  # it loads Hydra's own anew, so ours inherit from those only after that
-    from ldm.sweep.processes import Processes
-    from ldm.sweep.sweeper import Sweeps
+    found = Plugins.instance()  # the first time it loads Hydra's own anew, and ours must inherit from those
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+    from ldm.sweep import processes, sweeper
+
+    if not issubclass(sweeper.Sweeps, BasicSweeper):  # who imported it before that has the old one
+        importlib.reload(sweeper)
     try:
         home: Any = importlib.import_module(HOME)
     except ImportError:
         home = sys.modules[HOME] = ModuleType(HOME)
         home.__path__ = []
     ours: Any = ModuleType(f"{HOME}.ldm")
-    for plugin in (Sweeps, Processes):
+    for plugin in (sweeper.Sweeps, processes.Processes):
         setattr(ours, plugin.__name__, plugin)
         found.register(plugin)
     home.ldm = sys.modules[ours.__name__] = ours
