@@ -14,7 +14,8 @@ from ldm.tasks.work.stages import Stages
 
 ASK = ["experiment=quickstart", "debug=fast_dev_run", "logger=none", "name=x", "eval_images=2"]
 STAGES = ("prepare", "autoencoder", "encode", "diffusion", "evaluate", "report")
-SUBSETS = [off for n in range(len(STAGES) + 1) for off in combinations(STAGES, n)]
+# Few left out, or few left: what lies between are no other rules, and each composes for half a second.
+SUBSETS = [off for n in (0, 1, 2, 5, 6) for off in combinations(STAGES, n)]
 
 
 def typed(off, cwd):
@@ -22,7 +23,7 @@ def typed(off, cwd):
 
 
 @pytest.mark.slow
-def test_every_subset_is_taken_or_refused_in_a_line_before_anything_is_made(tmp_path, monkeypatch):
+def test_subsets_are_taken_or_refused_in_a_line_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Stages, "run", lambda self: {})
     taken = []
     for off in SUBSETS:
