@@ -36,11 +36,15 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def in_256(images: Tensor) -> Tensor:
+    """(B,3,H,W) in [-1, 1] -> the whole numbers 0 to 255 that a file would hold, float32, where they are."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+
+
 def to_bytes(images: Tensor) -> np.ndarray:  # (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8
     if bool(images.isnan().any()):
         raise NotFinite("a picture holds NaN, which would be shown as black: the weights or latents behind it hold it.")
-    pixels = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").numpy()
+    return rearrange(in_256(images.cpu()).to(torch.uint8), "b c h w -> b h w c").numpy()
 
 
 def grid(images: Tensor, labels: Sequence[str] = (), columns: int | None = None, side: int = 96) -> Image.Image:

@@ -12,11 +12,11 @@ from PIL import Image
 
 from ldm.allowed import only_allowed
 from ldm.errors import ConfigError
+from ldm.metrics import AROUND
 from ldm.training.totals import bin_times, binned
 
 Scalars = dict[str, Any]
 FIRST = ("step", "images", "time")
-AROUND = ("low", "high", "n", "chance", "se")  # last parts of names that say something of a score
 
 
 class Logged:

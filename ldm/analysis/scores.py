@@ -47,7 +47,7 @@ def differing(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
     return {field: values for field, values in found.items() if len({repr(v) for v in values.values()}) > 1}
 
 
-def cards_of(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def cards_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{score: what it was measured with}; {} of an evaluation without cards, or with something else in their place."""
     given = evaluation.get("cards")
     return {k: v for k, v in given.items() if isinstance(v, dict)} if isinstance(given, dict) else {}

@@ -18,7 +18,7 @@ from ldm.build import build
 from ldm.cost.rates import clock
 from ldm.data.order import Geometry
 from ldm.memory.meta_step import LiveBytes
-from ldm.memory.simulated import fresh_module
+from ldm.memory.simulated import fresh_module, reads_latents
 from ldm.pictures import to_unit
 from ldm.text.encoder import CLIPTokenized
 from ldm.training.latent_diffusion import LatentDiffusion
@@ -85,7 +85,7 @@ class MadeUp(L.LightningDataModule):
             return
         words = module.text_encoder  # as many as there is room for
         self.batch["caption"] = ["a " * words.max_tokens if isinstance(words, CLIPTokenized) else ""] * batch
-        if (config["stages"] or {}).get("encode", False) is not False and module.masks is None:
+        if reads_latents(config, module):
             with torch.no_grad():
                 moments = module.autoencoder.encode(to_unit(self.batch.pop("image")[:1])).moments()
             self.batch["latent"] = moments.expand(batch, *moments.shape[1:]).half()

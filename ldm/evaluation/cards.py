@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldm.config.root import digest
+from ldm.metrics import AROUND
 from ldm.metrics.evaluation import Evaluation, Scored
 
 
@@ -23,7 +24,6 @@ def cards(
     Two numbers compare where their cards are equal.
     """
     drawing = {
-        "captions": None,
         "pictures": asked["eval_images"],
         **{k: asked.get(k) for k in ("num_steps", "guidance", "guidance_rescale", "eta")},
         **{k: _named(asked.get(k)) for k in ("sampler", "grid", "guider")},
@@ -33,13 +33,13 @@ def cards(
     made: dict[str, dict[str, Any]] = {}
     for name in found:
         half, _, rest = name.partition("/")
-        if rest.rsplit("/", 1)[-1] in ("low", "high", "se", "n", "chance"):
+        if rest.rsplit("/", 1)[-1] in AROUND:
             continue
         own = next((m for m in metrics.values() if name in getattr(m, "scores", ())), None)
         card = own.card(name) if own is not None and hasattr(own, "card") else {}  # type: ignore[attr-defined]
         if half in evaluation.drawn:
-            told = {"captions": f"{half}, {digest(evaluation.drawn[half].everyone)}"}
-            made[name] = {"of": "drawn", **drawing, **told, **everywhere, **card}
+            told = f"{half}, {digest(evaluation.drawn[half].everyone)}"
+            made[name] = {"of": "drawn", "captions": told, **drawing, **everywhere, **card}
         else:
             made[name] = {"of": half, **everywhere, **card}
     return made

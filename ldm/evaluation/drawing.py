@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ldm.data.shards.splits import Shards, open_split, split_names
 from ldm.data.sources.shapes import draw_captions, pairs_seen, pairs_unseen
 from ldm.errors import ConfigError
 from ldm.features.cache import FeatureCache
-from ldm.metrics.evaluation import Drawn, Evaluation, as_bytes
+from ldm.metrics.evaluation import Drawn, Evaluation, Group, as_bytes
 from ldm.pictures import to_unit
 from ldm.pipeline import Pipeline
 
@@ -30,19 +30,6 @@ FRACTION = 0.02  # of data.validation_fraction, where nothing says another
 UNSEEN_NOISE = 10_000_000  # evaluation seeds start here: no training picture or callback uses them
 MORE_NOISE = 2**40  # and those of pictures that a metric has drawn for itself here
 SETTINGS = ("num_steps", "guidance", "guidance_rescale", "sampler", "eta", "guider")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes that score together: which this one is, how many they are, and their exchange."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Tensor], list[Tensor]] = field(default=lambda tensor: [tensor])
-
-    def share(self, of: range) -> range:
-        """What this one does of it; one after the other they do all."""
-        return of[self.rank * len(of) // self.size : (self.rank + 1) * len(of) // self.size]
 
 
 def image_shards(path: str | None, fields: Fields, fraction: float = FRACTION) -> dict[str, Shards]:
@@ -137,9 +124,7 @@ def evaluation_of(
         device,
         FeatureCache(cache),
         lambda split, limit=None: pictures_of(images[split], size, limit, group),
-        group.rank,
-        group.size,
-        group.gather,
+        group,
     )
 
 

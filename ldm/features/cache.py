@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,18 +12,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.atomic import atomic_write
-from ldm.features.network import PictureFeatures, bytes_of
+from ldm.features.network import PictureFeatures
+from ldm.pictures import in_256
 
 
-def fingerprint(batches: Iterable[Tensor]) -> tuple[str, int]:
-    """Of pictures (B,3,H,W) in [-1, 1] as 8-bit files would hold them, in their order; and how many they are."""
-    found, n = hashlib.sha256(), 0
-    for batch in batches:
-        if n == 0:
-            found.update(f"{tuple(batch.shape[1:])}".encode())
-        found.update(bytes_of(batch).to(torch.uint8).cpu().numpy().tobytes())
-        n += len(batch)
-    return found.hexdigest()[:16], n
+class Fingerprint:
+    """Of pictures (B,3,H,W) in [-1, 1] as 8-bit files would hold them, in their order; n: how many they are."""
+
+    def __init__(self) -> None:
+        self._found, self.n = hashlib.sha256(), 0
+
+    def over(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same batches, which it has seen."""
+        for batch in batches:
+            if self.n == 0:
+                self._found.update(f"{tuple(batch.shape[1:])}".encode())
+            self._found.update(in_256(batch).to(torch.uint8).cpu().numpy().tobytes())
+            self.n += len(batch)
+            yield batch
+
+    def __str__(self) -> str:
+        return self._found.hexdigest()[:16]
+
+
+def fingerprint(batches: Iterable[Tensor]) -> Fingerprint:
+    found = Fingerprint()
+    for _ in found.over(batches):
+        pass
+    return found
 
 
 def compute(network: PictureFeatures, batches: Iterable[Tensor], device: torch.device | str) -> Tensor:
@@ -41,20 +57,27 @@ class FeatureCache:
     def features(
         self, network: PictureFeatures, pictures: Callable[[], Iterable[Tensor]], device: torch.device | str
     ) -> tuple[Tensor, str]:
-        """(N, width) float32 of the pictures, which are looked at twice where they are new; and their fingerprint."""
-        content, n = fingerprint(pictures())
-        file = (
-            None if self.folder is None else self.folder / f"{network.card()['network_weights']}-{content}.safetensors"
-        )
-        if file is not None and file.is_file():
-            try:
-                kept = load_file(file).get("features")
-            except (OSError, SafetensorError):  # damaged: made again
-                kept = None
-            if kept is not None and kept.shape == (n, network.width) and kept.dtype == torch.float32:
-                return kept, content
-        found = compute(network, pictures(), device)
-        if file is not None:
+        """(N, width) float32 of the pictures, and their fingerprint.
+
+        Where there is a folder, new pictures are looked at twice: by then it is known that they are.
+        """
+        if self.folder is None:
+            seen = Fingerprint()
+            return compute(network, seen.over(pictures()), device), str(seen)
+        content = fingerprint(pictures())
+        file = self.folder / f"{network.weights_digest}-{content}.safetensors"
+        kept = _read(file, (content.n, network.width))
+        if kept is None:
+            kept = compute(network, pictures(), device)
             with atomic_write(file) as part:
-                save_file({"features": found}, part)
-        return found, content
+                save_file({"features": kept}, part)
+        return kept, str(content)
+
+
+def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
+    """None where nothing is kept, or where it was damaged."""
+    try:
+        kept = load_file(file).get("features")
+    except (OSError, SafetensorError):
+        return None
+    return kept if kept is not None and kept.shape == shape and kept.dtype == torch.float32 else None

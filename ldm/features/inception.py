@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
-from ldm.features.network import Captioned, PictureFeatures, bytes_of, scaled_as_pillow, scaled_as_tensorflow
+from ldm.features.network import Captioned, PictureFeatures, scaled_as_pillow, scaled_as_tensorflow
 from ldm.formats.files.open import float32, load
+from ldm.pictures import in_256
 
 SIZE, CLASSES = 299, 1008
 RESIZES = {"tensorflow": scaled_as_tensorflow, "pillow": scaled_as_pillow}
@@ -53,7 +54,7 @@ class Inception(PictureFeatures):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         assert self.network is not None, "start() opens the weights"
-        return self.network((self._scale(bytes_of(images), SIZE) - 128) / 128)
+        return self.network((self._scale(in_256(images), SIZE) - 128) / 128)
 
     def logits(self, features: Tensor) -> Tensor:
         """Without the bias, as the Inception Score's authors had them."""

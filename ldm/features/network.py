@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Captioned = Callable[
-    [int], Iterable[tuple[Tensor, list[str]]]
-]  # at most so many training pictures, with their captions
+# At most so many training pictures, with their captions.
+Captioned = Callable[[int], Iterable[tuple[Tensor, list[str]]]]
 
 
 class PictureFeatures(nn.Module):
@@ -40,13 +39,19 @@ class PictureFeatures(nn.Module):
         """(B, width) -> (B, classes) for a classifier, else None."""
         return None
 
-    def card(self) -> dict[str, Any]:
+    @property
+    def called(self) -> str:
+        """What people call the network."""
+        return f"{type(self).__name__} {self.name}".strip()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of the weights, after `start`: once, for they stay as they are and may be large."""
+        return digest_of(self)
+
+    def card(self) -> dict[str, str]:
         """What another's number must have in common with ours to be compared; after `start`."""
-        return {
-            "network": f"{type(self).__name__} {self.name}".strip(),
-            "network_weights": digest_of(self),
-            "resize": self.resize,
-        }
+        return {"network": self.called, "network_weights": self.weights_digest, "resize": self.resize}
 
 
 def digest_of(network: nn.Module) -> str:
@@ -56,10 +61,6 @@ def digest_of(network: nn.Module) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def bytes_of(images: Tensor) -> Tensor:  # (B,3,H,W) in [-1, 1] -> the numbers 0 to 255 that a file would hold, float32
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255)
 
 
 def scaled_as_pillow(images: Tensor, size: int) -> Tensor:  # (B,3,H,W) in [0, 255] -> (B,3,size,size) in [0, 255]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ldm.atomic import atomic_write
 from ldm.errors import ConfigError
-from ldm.features.network import Captioned, PictureFeatures, bytes_of, scaled_as_pillow
+from ldm.features.network import Captioned, PictureFeatures, scaled_as_pillow
+from ldm.pictures import in_256
 
 LARGEST = 64  # pixels a side that it looks at
 WORDS = 256  # that it learns to see, at most: the most frequent
@@ -129,5 +130,5 @@ class TrainedFeatures(PictureFeatures):
 
     @staticmethod
     def _seen(images: Tensor) -> Tensor:  # (B,3,H,W) in [-1, 1] -> uint8, no side above LARGEST
-        pixels, side = bytes_of(images), max(images.shape[-2:])
+        pixels, side = in_256(images), max(images.shape[-2:])
         return (scaled_as_pillow(pixels, LARGEST).round() if side > LARGEST else pixels).to(torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,13 +28,8 @@ class VisionTokens(nn.Module):
     def __init__(self, encoder: str, key: str):
         super().__init__()
         self.name = encoder
-        try:
-            config = AutoConfig.from_pretrained(encoder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{key}={encoder}: transformers finds no model there ({' '.join(str(error).split())[:150]}). Give a "
-                "hub id such as facebook/dinov2-base, or a folder that save_pretrained wrote."
-            ) from error
+        remedy = "Give a hub id such as facebook/dinov2-base, or a folder that save_pretrained wrote."
+        config = read_config(encoder, key, remedy)
         if not isinstance(getattr(config, "patch_size", None), int):
             raise ConfigError(
                 f"{key}={encoder} ({config.model_type}) does not read a picture in patches: give a vision transformer "
@@ -58,3 +55,15 @@ class VisionTokens(nn.Module):
         scaled = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         states = self.encoder(pixel_values=(scaled - self.mean) / self.std, **self._options).last_hidden_state
         return states[:, -height * width :]  # before them stand its class token and registers
+
+
+def read_config(encoder: str, key: str, remedy: str) -> Any:
+    """The configuration of a hub id or folder, without its weights.
+
+    key: what it stands under, for the error. ConfigError, with the remedy, where there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(encoder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"{key}={encoder}: transformers finds no model there ({reason}). {remedy}") from error

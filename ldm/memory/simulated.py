@@ -49,8 +49,7 @@ class Simulated:
     @property
     def encodes(self) -> bool:
         """Whether a step of latent diffusion runs the autoencoder: not where latents are made beforehand."""
-        cached = (self.config["stages"] or {}).get("encode", False) is not False
-        return self.diffusion is not None and (not cached or self.diffusion.masks is not None)
+        return self.diffusion is not None and not reads_latents(self.config, self.diffusion)
 
     def latent_shape(self, batch: int) -> tuple[int, int, int, int]:  # (B,C,h,w)
         side = self.config["image_size"] // self.module.autoencoder.factor
@@ -114,6 +113,11 @@ def fresh_module(config: Mapping[str, Any], device: str) -> TrainedModule:
     # Loss terms of an autoencoder bring networks; of denoising, levels are numbers on the host.
     with torch.device(device) if parts.denoiser is None else nullcontext():
         return build_module(config, parts)
+
+
+def reads_latents(config: Mapping[str, Any], module: LatentDiffusion) -> bool:
+    """Whether it trains on latents that were made beforehand; masking needs the pictures."""
+    return (config["stages"] or {}).get("encode", False) is not False and module.masks is None
 
 
 def checked(config: Mapping[str, Any]) -> torch.dtype | None:

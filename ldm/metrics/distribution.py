@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ldm.errors import ConfigError
-from ldm.features.cache import compute, fingerprint
+from ldm.features.cache import compute
 from ldm.features.network import PictureFeatures
 from ldm.metrics.distances.frechet import Moments, frechet, read_moments
 from ldm.metrics.distances.inception_score import SPLITS, inception_score
@@ -67,7 +67,7 @@ class Distribution(Metric):
         self.neighbours = neighbours
         self.scores = tuple(f"{of}/{n}" for of in ("seen", "unseen", "val", "reconstruction") for n in self._names())
         self.drawn = True  # else given back by an autoencoder
-        self._card: dict[str, Any] = {}
+        self._references: dict[str, str] = {}  # in words, by what was compared with them
         self._held: dict[str, tuple[Tensor, str]] = {}  # of real pictures, for the next time
         self.add_state("ours", [], dist_reduce_fx="cat")
 
@@ -164,8 +164,7 @@ class Distribution(Metric):
         self.features.to(evaluation.device)
         if self.features.learnt:  # one network for all processes, whatever their devices made of the last digits
             for tensor in self.features.state_dict().values():
-                tensor.copy_(evaluation.gather(tensor)[0])
-        self._card = self.features.card()
+                tensor.copy_(evaluation.group.gather(tensor)[0])
         halves: Mapping[str, Callable[[], Iterable[Tensor]]] = {
             half: drawn.batches for half, drawn in evaluation.drawn.items()
         }
@@ -175,9 +174,8 @@ class Distribution(Metric):
         self.drawn = bool(evaluation.drawn)
         for half, pictures in halves.items():
             split = "val" if half == "reconstruction" else self.reference or ("unseen" if half == "unseen" else "train")
-            real, said = self._real(evaluation, split)
-            self._card |= {f"reference/{half}": said}
-            if evaluation.size > 1 or half == "reconstruction":  # each process looks at its share
+            real, self._references[half] = self._real(evaluation, split)
+            if evaluation.group.size > 1 or half == "reconstruction":  # each process looks at its share
                 self.reset()
                 for batch in pictures():
                     self.update(batch.to(evaluation.device))
@@ -196,10 +194,9 @@ class Distribution(Metric):
         if split not in evaluation.splits:
             raise ConfigError(f"reference={split} is no split of these data: choose {', '.join(evaluation.splits)}.")
         if split not in self._held:
-            if evaluation.size > 1:
+            if evaluation.group.size > 1:  # in training, which writes no cards: nobody looks at all of them
                 mine = compute(self.features, evaluation.mine(split, MOST_REAL), evaluation.device)
-                content = fingerprint(evaluation.real(split, MOST_REAL))[0]
-                self._held[split] = torch.cat(evaluation.gather(mine)), content
+                self._held[split] = torch.cat(evaluation.group.gather(mine)), "not looked at"
             else:
                 self._held[split] = evaluation.cache.features(
                     self.features, lambda: evaluation.real(split, MOST_REAL), evaluation.device
@@ -209,13 +206,8 @@ class Distribution(Metric):
 
     def card(self, name: str) -> dict[str, Any]:
         """What a score was measured with, but for how the pictures were drawn."""
-        half = name.split("/")[0]
-        about = {k: v for k, v in self._card.items() if not k.startswith("reference/")}
-        return {
-            **about,
-            "reference": self._card.get(f"reference/{half}"),
-            "interval": f"jackknife, {GROUPS} groups, 95 %",
-        }
+        reference = self._references.get(name.split("/")[0])
+        return {**self.features.card(), "reference": reference, "interval": f"jackknife, {GROUPS} groups, 95 %"}
 
 
 def _at_least_zero(e: Estimate) -> Estimate:  # what no distance is below

@@ -47,6 +47,22 @@ def as_bytes(pictures: Tensor) -> Tensor:  # (N,3,H,W) in [-1, 1] or uint8 -> ui
 
 
 @dataclass(frozen=True)
+class Group:
+    """The processes that score together.
+
+    rank, size: which this one is of how many. gather: a tensor of each, in all of them; first dimensions may differ.
+    """
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Tensor], list[Tensor]] = field(default=lambda tensor: [tensor])
+
+    def share(self, of: range) -> range:
+        """What this one does of it; one after the other they do all."""
+        return of[self.rank * len(of) // self.size : (self.rank + 1) * len(of) // self.size]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model's pictures beside real ones. All are float32 in [-1, 1] on the CPU, (B, 3, H, W), of the training's size.
 
@@ -60,8 +76,7 @@ class Evaluation:
     captioned(split, limit): as `real`, with the pictures' captions.
     draw(captions, seeds): more pictures, uint8 (N, 3, H, W), one a caption; None for an autoencoder alone.
     device: where networks that look at pictures compute; cache: their features that are known already.
-    share: as `real`, this process's part of it; rank, size: which of how many processes this is; gather: a tensor of
-    each, in all of them, whose first dimensions may differ.
+    share: as `real`, this process's part of it; group: the processes that score together.
     """
 
     splits: Sequence[str]
@@ -75,15 +90,13 @@ class Evaluation:
     device: torch.device | str = "cpu"
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     share: Callable[[str, int | None], Iterator[Tensor]] | None = None
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
+    group: Group = field(default_factory=Group)
 
     def bind(self, metric: Any) -> None:
         """Its `compute` is of these processes from now on: of one alone also where others are there, and wait."""
         if isinstance(metric, Metric):
-            metric.distributed_available_fn = lambda: self.size > 1
-            metric.dist_sync_fn = lambda tensor, group=None: self.gather(tensor)
+            metric.distributed_available_fn = lambda: self.group.size > 1
+            metric.dist_sync_fn = lambda tensor, group=None: self.group.gather(tensor)
 
     def mine(self, split: str, limit: int | None = None) -> Iterator[Tensor]:
         """Of `real` what is this process's to look at: one after the other the processes have all, in their order."""

@@ -14,6 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 from ldm.errors import ConfigError
 from ldm.features.network import digest_of
 from ldm.features.vgg import LPIPS, RANDOM
+from ldm.metrics.distances.interval import mean_of
 from ldm.metrics.evaluation import Evaluation
 from ldm.metrics.reconstruction import OfReconstructions
 from ldm.pictures import to_unit
@@ -71,6 +72,7 @@ class PerceptualDiversity(Metric):
                 "of at least 2 captions."
             )
         self.distance = LPIPS(features, heads, "metric.diversity.features")
+        self._weights = digest_of(self.distance)
         self.num_captions, self.num_images = num_captions, num_images
         self.name = "lpips_diversity_random" if self.distance.random else "lpips_diversity"
         self.scores = tuple(
@@ -86,10 +88,7 @@ class PerceptualDiversity(Metric):
 
     def compute(self) -> dict[str, float]:
         values = dim_zero_cat(self.values).double().cpu()
-        mean, n = float(values.mean()), len(values)
-        reach = 1.959964 * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
-        name = self.name
-        return {name: mean, f"{name}/low": mean - reach, f"{name}/high": mean + reach, f"{name}/n": float(n)}
+        return mean_of(values).named(self.name) | {f"{self.name}/n": float(len(values))}
 
     def score(self, evaluation: Evaluation) -> dict[str, float]:
         """Of each half of the captions: val/lpips_diversity and so on."""
@@ -98,7 +97,7 @@ class PerceptualDiversity(Metric):
         for half, drawn in evaluation.drawn.items() if evaluation.draw is not None else ():
             self.reset()
             captions = list(dict.fromkeys(drawn.everyone))[: self.num_captions]
-            for i in range(evaluation.rank, len(captions), evaluation.size):
+            for i in range(evaluation.group.rank, len(captions), evaluation.group.size):
                 seeds = [i * self.num_images + k for k in range(self.num_images)]
                 pictures = evaluation.draw([captions[i]] * self.num_images, seeds)
                 self.update(to_unit(pictures).to(evaluation.device))
@@ -109,7 +108,7 @@ class PerceptualDiversity(Metric):
         """What a score was measured with, but for how the pictures were drawn."""
         return {
             "network": "VGG16, random" if self.distance.random else "VGG16, LPIPS 0.1",
-            "network_weights": digest_of(self.distance),
+            "network_weights": self._weights,
             "pictures of a caption": self.num_images,
             "interval": "over captions, 95 %",
         }

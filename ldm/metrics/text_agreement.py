@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ldm.features.vision_features import CLIP
+from ldm.metrics.distances.interval import mean_of
 from ldm.metrics.evaluation import Evaluation
 from ldm.metrics.shapes import wilson
 
@@ -57,14 +57,11 @@ class TextAgreement(Metric):
 
     def compute(self) -> dict[str, float]:
         values = dim_zero_cat(self.values).double().cpu()
-        n, score = len(values), float(values[:, 0].mean())
-        reach = 1.959964 * float(values[:, 0].std()) / math.sqrt(n) if n > 1 else math.nan
+        n = len(values)
         right = int(values[:, 1].sum())
         low, high = wilson(right, n)
         return {
-            "clip_score": score,
-            "clip_score/low": score - reach,
-            "clip_score/high": score + reach,
+            **mean_of(values[:, 0]).named("clip_score"),
             "clip_score/n": float(n),
             "retrieval": right / n,
             "retrieval/low": low,

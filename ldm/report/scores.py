@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ldm.analysis.logged import scores_of
+from ldm.analysis.scores import cards_of
 from ldm.report.page import bar, number
 
 QUANTILES = ("min", "q05", "q25", "median", "q75", "q95")  # of a distribution: one row
@@ -45,8 +46,7 @@ class Group:
 def groups(evaluation: Mapping[str, Any]) -> list[Group]:
     """The scores by the first part of their names, in the order in which they were measured."""
     scores = {name: rest for name, *rest in scores_of(dict(evaluation))}
-    cards = evaluation.get("cards")
-    cards = cards if isinstance(cards, dict) else {}
+    cards = cards_of(evaluation)
     families = _families(list(scores))
     found: dict[str, Group] = {}
     for name, members in families.items():
@@ -57,7 +57,7 @@ def groups(evaluation: Mapping[str, Any]) -> list[Group]:
         )
         row = _distribution(members, scores, scale) if len(members) > 1 else _score(members[0], scores, scale)
         row.name = ", ".join(WORDS.get(part, part.replace("_", " ")) for part in short.split("/"))
-        row.card = next((_card(cards[key]) for key in (*members, name) if isinstance(cards.get(key), dict)), {})
+        row.card = next((_card(cards[key]) for key in (*members, name) if key in cards), {})
         words = group.replace("_", " ")
         found.setdefault(group, Group(words, GROUPS.get(group, ""), [])).rows.append(row)
     for part in found.values():

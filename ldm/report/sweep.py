@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ldm.analysis.figures import plain, plot_loss
-from ldm.analysis.logged import AROUND
 from ldm.analysis.replicates import default_metric, metrics_of, read_results, settings
 from ldm.analysis.run import Run, is_run
 from ldm.analysis.sweeps import plot_differences, plot_importance, plot_sweep_parallel, swept
+from ldm.metrics import AROUND
 from ldm.report import page, words
 
 MOST_CURVES, MOST_PICTURES, MOST_METRICS = 10, 24, 12  # of a page

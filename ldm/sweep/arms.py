@@ -27,7 +27,6 @@ from ldm.config.root import digest
 from ldm.config.schema import check_keys_are_read, look_in, problems, task_class
 from ldm.errors import ConfigError, Ended, NotFinite, SweepError, nearest
 from ldm.launch import OtherProcess, is_first, launch
-from ldm.untrusted import records
 
 ROWS, TABLE, TRACEBACK = "results.jsonl", "results.csv", "traceback.txt"
 FAILED = 3  # exit code of a sweep in which an arm failed, as of a run that diverged
@@ -159,11 +158,9 @@ def another_can_follow() -> bool:
 
 
 def _last(arm: Arm) -> dict[str, float]:
-    """The last value of every scalar that an arm has logged."""
-    latest: dict[str, float] = {}
-    for line in records(arm.directory / "metrics.jsonl"):
-        latest.update({k: v for k, v in line.items() if k not in ("step", "time", "images")})
-    return latest
+    from ldm.training.run.logging import last_metrics
+
+    return last_metrics(arm.directory / "metrics.jsonl")
 
 
 def _end(error: Exception) -> NoReturn:

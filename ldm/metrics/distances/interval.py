@@ -41,13 +41,17 @@ class Estimate:
         reach = self.quantile * self.error
         return {
             name: self.value,
-            f"{name}/low": max(least, self.value - reach),
-            f"{name}/high": min(most, self.value + reach),
+            f"{name}/low": max(self.value - reach, least),  # in this order NaN stays
+            f"{name}/high": min(self.value + reach, most),
         }
 
     def without_limit(self) -> Estimate:
         """Of `unlimited`, with the same error: an interval for the distance of the two distributions."""
         return Estimate(self.unlimited, self.error, 0.0, self.quantile)
+
+
+def mean_of(values: Tensor) -> Estimate:  # (N,), independent of each other; NaN is the error of a single one
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
 def groups_of(n: int, groups: int = GROUPS) -> Tensor:  # -> (n,) the group of each sample

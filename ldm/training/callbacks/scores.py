@@ -11,9 +11,9 @@ import lightning as L
 from ldm.checkpoints.components import Components
 from ldm.checkpoints.sampler import sampling_settings
 from ldm.errors import ConfigError, NotFinite
-from ldm.evaluation.drawing import Group, evaluation_of, image_shards
+from ldm.evaluation.drawing import evaluation_of, image_shards
 from ldm.evaluation.scoring import check_asked, check_count, scores
-from ldm.metrics.evaluation import Scored
+from ldm.metrics.evaluation import Group, Scored
 from ldm.pipeline import Pipeline
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.distributed import collectives
@@ -74,7 +74,9 @@ class Scores(L.Callback):
             try:
                 pipe = self._pipe(trainer, pl_module)
                 autoencoder: Any = pl_module.autoencoder
-                evaluation = evaluation_of(autoencoder, pipe, images, data.image_size, self.asked, None, group)
+                own = getattr(pl_module, "solver", None)  # of the checkpoint that was adopted
+                asked = {**self.asked, "sampler": self.asked["sampler"] or own}
+                evaluation = evaluation_of(autoencoder, pipe, images, data.image_size, asked, None, group)
             except NotFinite as error:  # the training goes on: its loss says whether it diverged
                 failed = 1
                 print(f"scores at step {trainer.global_step}: {error}", flush=True)
@@ -88,11 +90,7 @@ class Scores(L.Callback):
         if isinstance(module, AutoencoderTraining):
             return None
         folder = Path(trainer.default_root_dir)
-        parts = Components(module.autoencoder, module.denoiser, module.text_encoder, folder=folder)
-        pipe = Pipeline(parts)
-        if not self.asked["sampler"] and module.solver is not None:
-            self.asked["sampler"] = module.solver  # of the checkpoint that was adopted
-        return pipe
+        return Pipeline(Components(module.autoencoder, module.denoiser, module.text_encoder, folder=folder))
 
     def logged(self, module: TrainedModule, max_steps: int) -> list[str]:
         """Names of what a run of `max_steps` logs."""
